@@ -1,0 +1,29 @@
+"""Weightsmith: a workbench for the weights of neural networks."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Memory": "core.weights", "Spec": "core.weights", "Weights": "core.weights", "open": "core.weights",
+    "apply": "core.apply", "save": "core.run", "run": "core.run", "plan": "core.plan",
+    "attach": "core.parametrization", "bake": "core.parametrization",
+    "op": "core.method", "measure_method": "core.method", "get": "core.method", "methods": "core.method",
+    "WeightsmithError": "core.errors",
+}  # fmt: skip
+_FAMILIES = ("init", "merge", "adapt", "prune", "quantize", "regularize", "measure")
+
+__all__ = ["__version__", *(name for name in _PUBLIC if name != "measure_method"), *_FAMILIES, "lab"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(f"weightsmith.{_PUBLIC[name]}"), name)
+    if name in (*_FAMILIES, "lab", "core"):
+        return import_module(f"weightsmith.{name}")
+    raise AttributeError(f"module `weightsmith` has no attribute `{name}`")
+
+
+def __dir__() -> list[str]:
+    return __all__

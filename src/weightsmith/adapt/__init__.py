@@ -1,0 +1,5 @@
+"""Adapt: small trainable changes on top of frozen weights."""
+
+from weightsmith.core.method import family
+
+family(__name__)

@@ -1,0 +1,206 @@
+"""Adapters: the trained part of a parametrization as Weights, and baking one into a checkpoint without a live model.
+
+An adapter's tensors are named `<weight>.<theta key>`; its origin's metadata says which method made each of them, with
+which hyperparameters.
+"""
+
+import inspect
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from weightsmith.core.errors import FormatError, InputError, MismatchError, NonFiniteError, first_few, nearest
+from weightsmith.core.method import card
+from weightsmith.core.weights import Origin, Spec, Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KEY = "weightsmith.adapter"
+"""Name of the description in an adapter's metadata."""
+
+
+def described(forms: Mapping[str, Any], *, seed: int = 0, modules: Mapping[str, list[Any]] | None = None) -> Origin:
+    """The origin of an adapter: what made it, as plain data in the metadata.
+
+    Args:
+        forms: weight name -> the parametrization that stands for it.
+        seed: theta's.
+        modules: weight name -> class of the module that holds it, with the sizes of a convolution's kernel.
+    """
+    from weightsmith import __version__
+
+    groups: dict[str, dict[str, Any]] = {}
+    for name, form in forms.items():
+        group = {"method": card(form).id, "with": asdict(form)}
+        groups.setdefault(json.dumps(group, sort_keys=True), {**group, "weights": []})["weights"].append(name)
+    special = {name: kind for name, kind in (modules or {}).items() if kind != ["Linear"]}
+    about = {"forms": list(groups.values()), "seed": seed, "version": __version__, "modules": special}
+    return Origin(metadata={KEY: json.dumps(about)}, format="adapter")
+
+
+def description(adapter: Weights) -> dict[str, Any]:
+    """The description in an adapter's metadata.
+
+    Raises:
+        InputError: these Weights are not an adapter.
+        FormatError: the description is damaged.
+    """
+    try:
+        found = json.loads(adapter.origin.metadata[KEY])
+        groups = found["forms"]
+        if all(isinstance(g["method"], str) and isinstance(g["with"], dict) and g["weights"] == [*map(str, g["weights"])]
+               for g in groups):  # fmt: skip
+            return found
+    except KeyError:
+        if KEY not in adapter.origin.metadata:
+            raise InputError("not an adapter: it does not say which method made it", where=adapter.origin.path,
+                             hint="give the folder of an adapter, or what `theta(model)` returns") from None  # fmt: skip
+    except (ValueError, TypeError):
+        pass
+    raise FormatError("the adapter's description is damaged", where=adapter.origin.path)
+
+
+def forms(adapter: Weights) -> dict[str, Any]:
+    """Weight name -> the parametrization an adapter was made with.
+
+    Raises:
+        InputError: these Weights are not an adapter, or of a method that is not here.
+    """
+    made = {}
+    for group in description(adapter)["forms"]:
+        method = card(group["method"])
+        form = method.function(**method.validate(group["with"], where=adapter.origin.path))
+        made |= dict.fromkeys(group["weights"], form)
+    return made
+
+
+def thetas(adapter: Weights) -> dict[str, dict[str, str]]:
+    """Weight name -> theta key -> name of the tensor in the adapter."""
+    found: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for name in adapter:
+        weight, _, key = name.rpartition(".")
+        found[weight][key] = name
+    return dict(found)
+
+
+def traits(form: Any) -> dict[str, bool]:
+    """Whether a parametrization wants a matrix, and whether it works on top of the original weight."""
+    return {"flat": card(form).matrix_only, "keeps": "w" in inspect.signature(form.decode).parameters}
+
+
+def decode(form: Any, w: "Tensor", theta: Mapping[str, "Tensor"], *, flat: bool, keeps: bool) -> "Tensor":
+    """The weight that theta stands for, computed in float32 (or float64), in the original's shape and dtype."""
+    import torch
+
+    def lift(x: "Tensor") -> "Tensor":
+        return x.float() if x.is_floating_point() and x.dtype != torch.float64 else x
+
+    lifted = {key: lift(value) for key, value in theta.items()}
+    original = (lift(w).flatten(1) if flat else lift(w),) if keeps else ()
+    return form.decode(*original, **lifted).reshape(w.shape).to(w.dtype)
+
+
+def finite(w: "Tensor", name: str) -> "Tensor":
+    """A baked weight, checked.
+
+    Raises:
+        NonFiniteError: it holds NaN or infinity.
+    """
+    import torch
+
+    if not math.isfinite(float(w.detach().sum(dtype=torch.float32))):
+        bad = int((~torch.isfinite(w)).sum())
+        if bad:
+            raise NonFiniteError(f"baking makes {bad} values of `{name}` NaN or infinite",
+                                 hint="training has diverged: lower the learning rate, or bake an earlier state")  # fmt: skip
+    return w
+
+
+def bake_into(weights: Weights, adapter: Weights) -> Weights:
+    """A checkpoint with an adapter baked in, weight by weight as it is read; in float32, stored in the base's dtype.
+
+    Args:
+        weights: the model the adapter was trained on.
+        adapter: what `open` returns for an adapter's folder, or `theta` for a live model.
+
+    Raises:
+        MismatchError: the adapter is for another model; it lists the first differences.
+    """
+    return Baked(weights, adapter)
+
+
+def fit(adapter: Weights, specs: Mapping[str, Spec], *, ties: Mapping[str, str] | None = None) -> None:
+    """Check that an adapter goes with a model, by decoding on meta tensors.
+
+    Args:
+        adapter: the adapter.
+        specs: the model's weights.
+        ties: names the model does not hold because they are another name of one it holds.
+
+    Raises:
+        MismatchError: it does not; the first differences are listed.
+    """
+    import torch
+
+    made, found, ties = forms(adapter), thetas(adapter), ties or {}
+    bad, missing = [], None
+    for name, keys in found.items():
+        if name not in made:
+            bad.append(f"the adapter does not say what made `{name}`")
+        elif name in ties and name not in specs:
+            if ties[name] not in found:
+                bad.append(f"`{name}` is tied to `{ties[name]}`, which the adapter leaves alone")
+        elif name not in specs:
+            missing = missing or name
+            bad.append(f"`{name}` is not in the model")
+        else:
+            theta = {key: torch.empty(adapter.spec(tensor).shape, device="meta") for key, tensor in keys.items()}
+            w = torch.empty(specs[name].shape, device="meta")
+            try:
+                decode(made[name], w, theta, **traits(made[name]))
+            except (RuntimeError, TypeError):
+                shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in theta.items())
+                bad.append(f"`{name}` is {list(w.shape)}, which {shapes} do not fit")
+    bad += [f"no tensors for `{name}` in the adapter" for name in made if name not in found]
+    if bad:
+        raise MismatchError(f"the adapter is for another model\n{first_few(bad)}", where=adapter.origin.path,
+                            hint=nearest(missing, specs) if missing else "give the model it was trained on")  # fmt: skip
+
+
+class Baked(Weights):
+    """A checkpoint with an adapter baked in, computed when read. Made by `bake_into`."""
+
+    def __init__(self, base: Weights, adapter: Weights):
+        self.base, self.adapter, self.origin = base, adapter, base.origin
+        self._forms, self._thetas = forms(adapter), thetas(adapter)
+        fit(adapter, {name: base.spec(name) for name in base}, ties=base.origin.ties)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.base)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def spec(self, name: str) -> Spec:
+        return self.base.spec(name)
+
+    def read(self, name: str) -> "Tensor":
+        if name not in self._thetas:
+            return self.base.read(name)
+        theta = {key: self.adapter.read(tensor) for key, tensor in self._thetas[name].items()}
+        form = self._forms[name]
+        return finite(decode(form, self.base.read(name), theta, **traits(form)), name)
+
+    def tiles(self, name: str) -> Iterator["Tensor"]:
+        return super().tiles(name) if name in self._thetas else self.base.tiles(name)
+
+    def inputs(self) -> tuple[Weights, ...]:
+        return (self.base, self.adapter)
+
+    def lineage(self, identify: Callable[[str], str]) -> dict[str, Any]:
+        made = [{k: v for k, v in group.items() if k != "weights"} for group in description(self.adapter)["forms"]]
+        return {"baked": made, "from": [self.base.lineage(identify)], "adapter": self.adapter.lineage(identify)}

@@ -1,0 +1,368 @@
+"""Methods: the function is the thing registered; everything else about it is read off its signature and docstring.
+
+Positional parameters are tensors, asked for by name from `UNITS` and `NEEDS`; keyword-only ones are hyperparameters.
+"""
+
+import inspect
+import json
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cache, cached_property
+from importlib import import_module, resources
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from weightsmith.core.errors import MethodError, nearest
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from weightsmith.core.laws import Law
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+UNITS = {
+    "spec": "shape, dtype and role of the tensor to make",
+    "w": "one tensor",
+    "ws": "the same tensor of several models",
+    "models": "several whole checkpoints",
+    "model": "a live module",
+}
+"""What a method works on: the name of its first positional parameter."""
+
+NEEDS = {
+    "base": "the same tensor of the model the others were trained from",
+    "rng": "a torch.Generator seeded by the seed, the method and the tensor's name",
+    "act_norm": "norm of each input of the layer over the calibration data, shape (in,)",
+    "gram": "mean outer product of the layer's inputs over the calibration data, shape (in, in)",
+    "grad": "mean gradient of the loss, in the tensor's shape",
+    "fisher": "mean squared gradient of the loss, in the tensor's shape",
+    "threshold": "a number decided over all tensors together",
+    "evaluate": "a function from Weights to a score, higher being better",
+    "batch": "inputs of the model",
+}
+"""What else a method may ask for, by parameter name."""
+
+STATISTICS = ("act_norm", "gram", "grad", "fisher")
+"""The needs that are themselves Weights, measured on calibration data or read from a file."""
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """A keyword-only parameter of a method."""
+
+    name: str
+    annotation: Any
+    default: Any
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """All that is known of a method; only `paper`, `laws`, `roles`, `except_for` and `trains` are stated by its author.
+
+    Args:
+        kind: `op`, `measure`, `parametrization` or `optimizer`.
+        function: the method itself, unchanged.
+        paper: arXiv id, DOI or address; when there is none, the reason.
+        laws: algebraic promises, tested in milliseconds.
+        roles: glob of the roles it works on when the user names no tensors.
+        except_for: conformance checks it cannot pass -> why; passing one after all is an error.
+        trains: for a parametrization: `theta` alone, or `all` with the original weight.
+    """
+
+    kind: str
+    function: Callable[..., Any]
+    paper: str
+    laws: "tuple[Law, ...]" = ()
+    roles: str = "*"
+    except_for: Mapping[str, str] = field(default_factory=dict)
+    trains: str = "theta"
+
+    @property
+    def name(self) -> str:
+        """The function's name."""
+        return self.function.__name__
+
+    @property
+    def family(self) -> str:
+        """The folder it lives in."""
+        return self.function.__module__.split(".")[-2] if "." in self.function.__module__ else "local"
+
+    @property
+    def id(self) -> str:
+        """`family.name`."""
+        return f"{self.family}.{self.name}"
+
+    @cached_property
+    def title(self) -> str:
+        """The paper's title, authors and venue: first paragraph of the module's docstring."""
+        return " ".join((sys.modules[self.function.__module__].__doc__ or "").split("\n\n")[0].split())
+
+    @cached_property
+    def doc(self) -> str:
+        """The docstring, dedented."""
+        return inspect.getdoc(self.function) or ""
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return self.doc.split("\n")[0]
+
+    @cached_property
+    def _parameters(self) -> tuple[inspect.Parameter, ...]:
+        return tuple(p for p in inspect.signature(self.function).parameters.values() if p.name != "self")
+
+    @cached_property
+    def positional(self) -> tuple[str, ...]:
+        """Names of the tensors it asks for, in order."""
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        if self.kind == "parametrization":
+            encode = inspect.signature(self.function.encode).parameters
+            return tuple(name for name in encode if name != "self")
+        return tuple(p.name for p in self._parameters if p.kind in kinds)
+
+    @property
+    def unit(self) -> str:
+        """What it works on: one of `UNITS`."""
+        return self.positional[0]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What else it asks for: some of `NEEDS`."""
+        return self.positional[1:]
+
+    @cached_property
+    def optional(self) -> frozenset[str]:
+        """The needs it can do without."""
+        return frozenset(
+            p.name for p in self._parameters if p.name in NEEDS and p.default is not inspect.Parameter.empty
+        )
+
+    @cached_property
+    def hyperparameters(self) -> dict[str, Hyperparameter]:
+        """Keyword-only parameters by name; for a parametrization, its dataclass fields."""
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        wanted = [p for p in self._parameters if self.kind == "parametrization" or p.kind == keyword]
+        hints = typing.get_type_hints(self.function, include_extras=True)
+        about = _arguments(self.doc)
+        return {
+            p.name: Hyperparameter(p.name, hints.get(p.name, Any), p.default, about.get(p.name, "")) for p in wanted
+        }
+
+    @cached_property
+    def schema(self) -> "type[BaseModel]":
+        """A pydantic model of the hyperparameters: it validates, and gives the JSON schema."""
+        from pydantic import ConfigDict, create_model
+
+        fields: dict[str, Any] = {
+            h.name: (h.annotation, ... if h.default is inspect.Parameter.empty else h.default)
+            for h in self.hyperparameters.values()
+        }
+        config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+        return create_model(self.name, __config__=config, **fields)
+
+    def validate(self, values: Mapping[str, Any], *, where: object = None) -> dict[str, Any]:
+        """The hyperparameters with defaults filled in.
+
+        Raises:
+            MethodError: an unknown name, or a value out of its range.
+        """
+        from pydantic import ValidationError
+
+        for name in values:
+            if name not in self.hyperparameters:
+                raise MethodError(
+                    f"`{self.id}` has no hyperparameter `{name}`",
+                    where=where,
+                    hint=nearest(name, self.hyperparameters),
+                )
+        try:
+            return dict(self.schema(**values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            given = values.get(str(first["loc"][0]), "nothing")
+            message = first["msg"][0].lower() + first["msg"][1:]
+            raise MethodError(
+                f"`{name}` = {given!r}: {message}", where=where or self.id, hint=f"see `weightsmith show {self.id}`"
+            ) from None
+
+    @cached_property
+    def matrix_only(self) -> bool:
+        """Whether it asks for a matrix, "out in", rather than a tensor of any shape."""
+        target = self.function.encode if self.kind == "parametrization" else self.function
+        annotation = typing.get_type_hints(target, include_extras=True).get(self.unit)
+        return str(getattr(annotation, "dim_str", "")).split() == ["out", "in"]
+
+    @cached_property
+    def several(self) -> frozenset[str]:
+        """Hyperparameters that may hold one value a model."""
+        return frozenset(h.name for h in self.hyperparameters.values() if "tuple[" in str(h.annotation))
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether its law says that pieces of the result need only the same pieces of the inputs."""
+        return any(law.name == "elementwise" for law in self.laws)
+
+
+_CARDS: dict[str, Card] = {}
+_STREAMED: dict[str, "Streamed"] = {}
+
+
+def register(card: Card) -> None:
+    """Make a method known by name.
+
+    Raises:
+        MethodError: it asks for something nobody provides, or its name is taken.
+    """
+    if card.positional[:1] and card.unit not in UNITS:
+        raise MethodError(f"unknown unit `{card.unit}`", where=card.id, hint=nearest(card.unit, UNITS))
+    if not card.positional:
+        raise MethodError("it takes no tensor", where=card.id, hint=f"its first parameter is one of {', '.join(UNITS)}")
+    for need in card.needs:
+        if need not in NEEDS:
+            raise MethodError(f"unknown input `{need}`", where=card.id, hint=nearest(need, NEEDS))
+    taken = _CARDS.get(card.id)
+    if taken and (taken.function.__module__, card.function.__module__) != (card.function.__module__,) * 2:
+        raise MethodError("the name is taken", where=card.id)
+    _CARDS[card.id] = card
+
+
+def op(
+    *, paper: str, laws: "Iterable[Law]" = (), roles: str = "*", except_for: Mapping[str, str] | None = None
+) -> Callable[[F], F]:
+    """Register a function from tensors to a tensor. The decorated function is returned unchanged."""
+
+    def decorate(function: F) -> F:
+        register(Card("op", function, paper, tuple(laws), roles, except_for or {}))
+        return function
+
+    return decorate
+
+
+def measure(*, paper: str, laws: "Iterable[Law]" = (), except_for: Mapping[str, str] | None = None) -> Callable[[F], F]:
+    """Register a function from tensors to numbers or Weights; when differentiable, it serves as a regulariser."""
+
+    def decorate(function: F) -> F:
+        register(Card("measure", function, paper, tuple(laws), "*", except_for or {}))
+        return function
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A fast path: a whole-tensor op done tile by tile in bounded memory, and tested equal to the definition.
+
+    Args:
+        apply: like the op, elementwise, with one more keyword `state`.
+        tally: like the op, with one more keyword `state` (None on the first pass); returns an array of counts, which
+            the core adds up over tiles.
+        decide: from the counts, the number of elements and the hyperparameters to the next `state`.
+        passes: how many times tally and decide take turns.
+    """
+
+    apply: Callable[..., Any]
+    tally: Callable[..., Any] | None = None
+    decide: Callable[..., Any] | None = None
+    passes: int = 0
+
+
+def streamed(op: Callable[..., Any], fast: Streamed) -> None:
+    """Give an op its fast path."""
+    _STREAMED[card(op).id] = fast
+
+
+def fast_path(card: Card) -> Streamed | None:
+    """The op's way to work tile by tile, if it has one: the definition itself for elementwise ops."""
+    if card.elementwise and card.id not in _STREAMED:
+        return Streamed(card.function)
+    return _STREAMED.get(card.id)
+
+
+def card(method: "str | Callable[..., Any]") -> Card:
+    """The card of a method, given the method itself or its name."""
+    if isinstance(method, str):
+        return get(method)
+    target = method if hasattr(method, "__name__") else type(method)
+    module = getattr(target, "__module__", "").split(".")
+    key = f"{module[-2] if len(module) > 1 else 'local'}.{getattr(target, '__name__', '')}"
+    if key not in _CARDS or _CARDS[key].function is not target:
+        raise MethodError(
+            f"{method!r} is not a registered method", hint="decorate it with @op, @measure or @parametrization"
+        )
+    return _CARDS[key]
+
+
+@cache
+def index() -> dict[str, dict[str, Any]]:
+    """The generated index: card data by `family.name`, read without importing torch."""
+    file = resources.files("weightsmith").joinpath("_index.json")
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def get(name: str) -> Card:
+    """The card of the method called `family.name`, or `name` alone when only one family has it.
+
+    Raises:
+        MethodError: no such method, or several.
+    """
+    known = {**dict.fromkeys(index()), **dict.fromkeys(_CARDS)}
+    found = [key for key in known if key == name or key.split(".")[-1] == name]
+    if not found:
+        short = {key.split(".")[-1] for key in known} if "." not in name else set(known)
+        raise MethodError(f"unknown method `{name}`", hint=nearest(name, short, what="see `weightsmith ls`; there are"))
+    if len(found) > 1:
+        raise MethodError(
+            f"several methods are called `{name}`", hint=f"say {' or '.join(f'`{key}`' for key in found)}"
+        )
+    if found[0] not in _CARDS:
+        import_module(f"weightsmith.{found[0]}")
+    return _CARDS[found[0]]
+
+
+def methods(pattern: str = "*") -> list[Card]:
+    """The cards of all methods whose `family.name` or name matches a glob, imported and sorted."""
+    for file in sorted(resources.files("weightsmith").iterdir(), key=lambda f: f.name):
+        if file.is_dir() and file.name not in ("core", "lab") and not file.name.startswith(("_", ".")):
+            for module in sorted(file.iterdir(), key=lambda f: f.name):
+                if module.name.endswith(".py") and not module.name.startswith("_"):
+                    import_module(f"weightsmith.{file.name}.{module.name[:-3]}")
+    return [c for key, c in sorted(_CARDS.items()) if fnmatchcase(key, pattern) or fnmatchcase(c.name, pattern)]
+
+
+class Family(ModuleType):
+    """A family's package: `merge.ties` is the method, although the file it lives in has the same name."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        try:
+            import_module(f"{self.__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{self.__name__}.{name}":
+                raise
+            raise AttributeError(f"`{self.__name__}` has no method `{name}`") from None
+        return self.__dict__[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, getattr(value, name, value) if isinstance(value, ModuleType) else value)
+
+
+def family(package: str) -> None:
+    """Turn a package into a family of methods, imported on first use."""
+    sys.modules[package].__class__ = Family
+
+
+def _arguments(doc: str) -> dict[str, str]:
+    """Name -> text of a docstring's `Args:` section."""
+    section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", doc, flags=re.M)
+    if not section:
+        return {}
+    entries = re.split(r"^ {4}(\w+): ", section.group(1), flags=re.M)[1:]
+    return {name: " ".join(text.split()) for name, text in zip(entries[::2], entries[1::2], strict=True)}

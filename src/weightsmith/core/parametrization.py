@@ -1,0 +1,426 @@
+"""Parametrizations: `W = decode(theta)`, `theta = encode(W)`; the class is the method, its fields the hyperparameters.
+
+`attach` puts one on a live model. The weight is then lazy: a tensor that knows its original and its theta, so that a
+linear layer takes the method's fast path and everything else sees the decoded weight. `bake` decodes once.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, dataclass_transform
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_map
+
+from weightsmith.core.adapter import bake_into, decode, described, description, finite, fit, forms, thetas, traits
+from weightsmith.core.apply import generator, resolve
+from weightsmith.core.arch import describe
+from weightsmith.core.errors import MethodError, MismatchError, first_few, nearest
+from weightsmith.core.method import NEEDS, Card, card, register
+from weightsmith.core.weights import Memory, Spec, Weights, any_match, matches
+
+if TYPE_CHECKING:
+    from weightsmith.core.laws import Law
+
+C = TypeVar("C", bound=type)
+
+
+class Parametrization(Protocol):
+    """What a parametrization's class defines; `encode` may ask for more inputs by name, such as `rng` or `gram`.
+
+    A `decode` that mentions `w` works on top of the original weight, which is then kept. An optional method
+    `linear(x, w, **theta)` is the fast path of `x @ decode(w, **theta).T`.
+    """
+
+    def encode(self, w: Tensor) -> dict[str, Tensor]:
+        """The parameters to start from."""
+        ...
+
+    def decode(self, **theta: Tensor) -> Tensor:
+        """The weight they stand for."""
+        ...
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def parametrization(
+    *,
+    paper: str,
+    laws: "Iterable[Law]" = (),
+    roles: str = "*",
+    except_for: Mapping[str, str] | None = None,
+    trains: str = "theta",
+) -> Callable[[C], C]:
+    """Register a class with `encode(self, w, ...) -> theta` and `decode(self, [w,] **theta) -> w`.
+
+    The class becomes a frozen dataclass whose fields are the hyperparameters.
+    """
+
+    def decorate(cls: C) -> C:
+        cls = dataclass(frozen=True, kw_only=True)(cls)
+        register(Card("parametrization", cls, paper, tuple(laws), roles, except_for or {}, trains))
+        return cls
+
+    return decorate
+
+
+class Adapter(nn.Module):
+    """Theta of one weight, as the module that torch's parametrize calls with the original weight.
+
+    Args:
+        name: the weight's name in the model.
+        form: the parametrization.
+        theta: its start; integers become buffers.
+        seed: what theta was drawn with.
+    """
+
+    def __init__(self, name: str, form: Any, theta: Mapping[str, Tensor], seed: int):
+        super().__init__()
+        self.name, self.form, self.seed = name, form, seed
+        self.traits, self.fast = traits(form), hasattr(form, "linear")
+        for key, value in theta.items():
+            value = value.detach().clone()
+            if value.is_floating_point():
+                self.register_parameter(key, nn.Parameter(value))
+            else:
+                self.register_buffer(key, value)
+
+    @property
+    def theta(self) -> dict[str, Tensor]:
+        """Theta by key."""
+        return {**self._parameters, **self._buffers}
+
+    def forward(self, original: Tensor) -> Tensor:
+        """The lazy weight."""
+        weight = original.as_subclass(LazyWeight)
+        weight.original, weight.adapter = original, self
+        return weight
+
+    def decode(self, original: Tensor) -> Tensor:
+        """The weight itself."""
+        return decode(self.form, original, self.theta, **self.traits)
+
+    def linear(self, x: Tensor, original: Tensor, bias: Tensor | None) -> Tensor:
+        """The fast path, in the input's dtype as mixed precision has it."""
+        theta = {key: v.to(x.dtype) if v.is_floating_point() else v for key, v in self.theta.items()}
+        y = self.form.linear(x, original, **theta)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return repr(self.form)
+
+
+class LazyWeight(Tensor):
+    """A weight not decoded yet: linear layers take the fast path, every other operation decodes it first."""
+
+    original: Tensor
+    adapter: Adapter
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.linear:
+            return _linear(*args, **kwargs)
+        if func in _FREE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func.__name__.endswith("_") and not func.__name__.endswith("__") and isinstance(args[0], LazyWeight):
+            raise MethodError(f"`{func.__name__}` would be lost: the weight is computed from theta",
+                              where=args[0].adapter.name, hint="bake(model) first")  # fmt: skip
+        args, kwargs = tree_map(_decoded, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+_FREE = {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.element_size,
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "is_meta", "is_cuda")),
+}  # fmt: skip
+"""What can be asked of a lazy weight without decoding it."""
+
+
+def _decoded(x: Any) -> Any:
+    return x.adapter.decode(x.original) if isinstance(x, LazyWeight) else x
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    input, bias = _decoded(input), _decoded(bias)
+    if isinstance(weight, LazyWeight) and weight.adapter.fast:
+        return weight.adapter.linear(input, weight.original, bias)
+    return functional.linear(input, _decoded(weight), bias)
+
+
+class Slot(NamedTuple):
+    """A parameter of a live model, under the name it has without parametrizations."""
+
+    module: nn.Module
+    key: str
+    parameter: nn.Parameter
+    adapter: Adapter | None
+    foreign: bool
+
+
+def attach(
+    model: nn.Module,
+    form: Any,
+    where: str = "*",
+    *,
+    exclude: str | tuple[str, ...] = (),
+    seed: int = 0,
+    stats: Mapping[str, Weights] | None = None,
+) -> nn.Module:
+    """Let a parametrization stand for some of a live model's weights; the same model is returned.
+
+    A method that trains theta alone freezes the rest of the model. Hyperparameters may be lists over depth or
+    `{glob: value}` maps, and theta starts from the same random bits as in `apply`.
+
+    Args:
+        model: changed in place.
+        form: a parametrization with its hyperparameters, such as `lora(rank=8)`.
+        where: globs over parameter names and roles, joined by `|`; `*` stands for the roles the method is made for.
+        exclude: globs of parameters to leave alone.
+        seed: for methods that draw random numbers.
+        stats: statistics the method asks for, by name, each keyed by weight tensor.
+
+    Raises:
+        MethodError: a glob matches nothing, a parameter is attached already or tied, a hyperparameter does not fit.
+    """
+    about, slots, stats = card(form), _slots(model), dict(stats or {})
+    if about.kind != "parametrization":
+        raise MethodError(f"`{about.id}` is a {about.kind}, not a parametrization", hint="see `weightsmith ls adapt`")
+    specs = _specs(model, slots)
+    chosen = {name: _configured(about, form, specs[name]) for name in _choose(about, slots, specs, where, exclude)}
+    starts = {}
+    for name, configured in chosen.items():
+        w = slots[name].parameter.detach().cpu()
+        w = w.flatten(1) if about.matrix_only else w
+        given = {"rng": lambda name=name: generator(seed, about.id, name, "whole")}
+        starts[name] = configured.encode(
+            w if w.dtype == torch.float64 else w.float(),
+            *(given[need]() if need in given else _statistic(stats, need, about, name) for need in about.needs),
+        )
+    return _install(model, slots, chosen, starts, seed)
+
+
+def bake(model: nn.Module) -> nn.Module:
+    """Decode every attached weight once, drop theta, and leave the plain model it was, trainable as before.
+
+    Weights are computed anew from the originals, in float32, never by adding to or subtracting from what is there.
+
+    Raises:
+        MethodError: nothing is attached.
+        NonFiniteError: training has made a weight NaN or infinite; the model is left attached.
+    """
+    slots = _attached(model)
+    with torch.no_grad():
+        for name, slot in slots.items():
+            finite(slot.adapter.decode(slot.parameter), name)
+        baked: set[int] = set()
+        for slot in slots.values():
+            if id(slot.parameter) not in baked:
+                slot.parameter.data = slot.adapter.decode(slot.parameter)
+            baked.add(id(slot.parameter))
+            _remove(slot)
+    trainable = model.__dict__.pop(_TRAINABLE, None)
+    if trainable is not None:
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(name in trainable)
+    return model
+
+
+def theta(model: nn.Module) -> Memory:
+    """What is attached to a live model, as Weights named `<parameter name>.<theta key>`: all that an adapter's file holds.
+
+    Raises:
+        MethodError: nothing is attached.
+    """
+    slots = _attached(model)
+    tensors = {f"{name}.{key}": v.detach() for name, slot in slots.items() for key, v in slot.adapter.theta.items()}
+    modules = {name: [parametrize.type_before_parametrizations(slot.module).__name__, *slot.parameter.shape[2:]]
+               for name, slot in slots.items()}  # fmt: skip
+    made = {name: slot.adapter.form for name, slot in slots.items()}
+    return Memory(tensors, described(made, seed=next(iter(slots.values())).adapter.seed, modules=modules))
+
+
+def load_theta(model: nn.Module, adapter: Weights) -> nn.Module:
+    """Put an adapter on a live model: into what is attached, or attaching what the adapter was made with.
+
+    Args:
+        model: changed in place, and returned.
+        adapter: what `open` returns for an adapter's folder, or `theta` for another model.
+
+    Raises:
+        MismatchError: the adapter is for another model or was made with other hyperparameters.
+    """
+    slots, made = _slots(model), forms(adapter)
+    attached = {name: slot for name, slot in slots.items() if slot.adapter}
+    fit(adapter, _specs(model, slots))
+    starts = {name: {key: adapter.read(tensor) for key, tensor in keys.items()} for name, keys in thetas(adapter).items()}
+    if not attached:
+        _refuse_tied(slots, starts)
+        seed = int(description(adapter).get("seed", 0))
+        return _install(model, slots, made, starts, seed)
+    bad = [f"`{name}` is attached here and not in the adapter" for name in attached if name not in starts]
+    for name in starts:
+        here = attached[name].adapter.form if name in attached else None
+        if here != made[name]:
+            bad.append(f"`{name}`: {here} here, {made[name]} in the adapter")
+    if bad:
+        raise MismatchError(f"the adapter does not go with what is attached\n{first_few(bad)}", where=adapter.origin.path,
+                            hint="load it into the plain model: load_theta attaches what it needs")  # fmt: skip
+    with torch.no_grad():
+        for name, keys in starts.items():
+            for key, value in keys.items():
+                attached[name].adapter.theta[key].copy_(value)
+    return model
+
+
+def trainable(model: nn.Module) -> tuple[int, int]:
+    """How many of a model's parameters train, and how many there are with theta."""
+    counts = [(p.numel() * p.requires_grad, p.numel()) for p in model.parameters()]
+    return sum(train for train, _ in counts), sum(every for _, every in counts)
+
+
+_TRAINABLE = "_weightsmith_trainable"
+"""Attribute of a model: the names of the parameters that trained before the first attach."""
+
+
+def _slots(model: nn.Module) -> dict[str, Slot]:
+    """The parameters of a model, by the names they have without parametrizations; tied ones under each of them."""
+    slots = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if "parametrizations" in path.split("."):
+            continue
+        prefix = f"{path}." if path else ""
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                slots[prefix + key] = Slot(module, key, parameter, None, False)
+        for key, chain in getattr(module, "parametrizations", {}).items():
+            adapter = chain[0] if isinstance(chain[0], Adapter) else None
+            if chain.is_tensor:
+                slots[prefix + key] = Slot(module, key, chain.original, adapter, adapter is None)
+    return slots
+
+
+def _attached(model: nn.Module) -> dict[str, Slot]:
+    slots = {name: slot for name, slot in _slots(model).items() if slot.adapter}
+    if not slots:
+        raise MethodError("nothing is attached to this model", hint="attach(model, lora(rank=8)) first")
+    return slots
+
+
+def _specs(model: nn.Module, slots: Mapping[str, Slot]) -> dict[str, Spec]:
+    config = getattr(getattr(model, "config", None), "to_dict", dict)()
+    facts = {n: (tuple(s.parameter.shape), str(s.parameter.dtype).removeprefix("torch.")) for n, s in slots.items()}
+    return describe(facts, config)
+
+
+def _choose(
+    about: Card, slots: Mapping[str, Slot], specs: Mapping[str, Spec], where: str, exclude: str | tuple[str, ...]
+) -> list[str]:
+    """The names to attach to, in the model's order."""
+    for glob in where.split("|"):
+        if not any(matches(spec, glob) for spec in specs.values()):
+            weight = f"did you mean `{glob}.weight`?" if any(matches(s, f"{glob}.weight") for s in specs.values()) else ""
+            roles = {spec.role for spec in specs.values()}
+            raise MethodError(f"`{glob}` matches no parameter", where=about.id,
+                              hint=weight or nearest(glob, {*specs, *roles}, what="there are"))  # fmt: skip
+    wanted = about.roles if where == "*" else where
+    chosen = [name for name, spec in specs.items() if matches(spec, wanted) and not any_match(spec, exclude)]
+    fits = [n for n in chosen if specs[n].computable and (len(specs[n].shape) > 1 or not about.matrix_only)]
+    if not fits:
+        kinds = sorted({spec.role for spec in specs.values() if len(spec.shape) > 1})
+        raise MethodError(f"no parameter to attach to: `{wanted}` matches {len(chosen)}, none of them a matrix of floats",
+                          where=about.id, hint=f"the matrices have the roles {', '.join(kinds)}")  # fmt: skip
+    for name in fits:
+        if slots[name].adapter or slots[name].foreign:
+            there = slots[name].adapter.form if slots[name].adapter else "a parametrization of torch's"
+            raise MethodError(f"`{name}` has {there} already", where=about.id,
+                              hint="bake(model) first, or leave it out with exclude=")  # fmt: skip
+    _refuse_tied(slots, fits)
+    return fits
+
+
+def _refuse_tied(slots: Mapping[str, Slot], chosen: Iterable[str]) -> None:
+    """Refuse a parameter that has other names too, unless all of them are chosen."""
+    chosen = set(chosen)
+    names: dict[int, list[str]] = {}
+    for name, slot in slots.items():
+        names.setdefault(id(slot.parameter), []).append(name)
+    for aliases in names.values():
+        if chosen.intersection(aliases) and not chosen.issuperset(aliases):
+            raise MethodError(f"one tied parameter has the names {' and '.join(f'`{a}`' for a in aliases)}",
+                              hint=f"name them all: where={'|'.join(aliases)!r}, or leave it out with exclude=")  # fmt: skip
+
+
+def _configured(about: Card, form: Any, spec: Spec) -> Any:
+    """The parametrization with its hyperparameters for one weight."""
+    values = {name: resolve(getattr(form, name), spec) for name in about.hyperparameters}
+    values = about.validate(values, where=spec.name)
+    matrix = (spec.shape[0], spec.numel // spec.shape[0]) if about.matrix_only else spec.shape
+    if about.matrix_only and values.get("rank", 0) > min(matrix):
+        raise MethodError(f"rank = {values['rank']} is above what a {matrix[0]} x {matrix[1]} matrix can have",
+                          where=spec.name, hint=f"take rank {min(matrix)} at most, or leave it out with exclude=")  # fmt: skip
+    return about.function(**values)
+
+
+def _statistic(stats: Mapping[str, Weights], need: str, about: Card, name: str) -> Tensor | None:
+    if need in stats:
+        return stats[need][name]
+    if need in about.optional:
+        return None
+    raise MethodError(f"it needs `{need}`: {NEEDS[need]}", where=about.id, hint=f"pass stats={{'{need}': ...}}")
+
+
+def _install(
+    model: nn.Module, slots: Mapping[str, Slot], chosen: Mapping[str, Any], starts: Mapping[str, Any], seed: int
+) -> nn.Module:
+    """Put adapters in place and freeze what does not train. Nothing has changed before this."""
+    if _TRAINABLE not in model.__dict__:
+        names = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        model.__dict__[_TRAINABLE] = names
+    chains: dict[int, parametrize.ParametrizationList] = {}
+    for name, form in chosen.items():
+        module, key, parameter = slots[name].module, slots[name].key, slots[name].parameter
+        if parametrize.is_parametrized(module, key):
+            continue
+        chain = chains.get(id(parameter))
+        adapter = chain[0] if chain else Adapter(name, form, starts[name], seed).to(parameter.device)
+        if parametrize.is_parametrized(module):
+            _own_class(module)
+        parametrize.register_parametrization(module, key, adapter, unsafe=True)
+        module.parametrizations[key] = chains.setdefault(id(parameter), module.parametrizations[key])
+        if not adapter.traits["keeps"]:
+            parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
+    if any(card(form).trains == "theta" for form in chosen.values()):
+        training = set()
+        for slot in _attached(model).values():
+            training |= {id(p) for p in slot.adapter.parameters()}
+            training |= {id(slot.parameter)} if card(slot.adapter.form).trains == "all" else set()
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in training)
+    return model
+
+
+def _own_class(module: nn.Module, without: str = "") -> None:
+    """Give a parametrized module a class of its own: deepcopy lets copies share the one that holds the properties."""
+    kind = type(module)
+    kept = {k: v for k, v in vars(kind).items() if k not in (without, "__dict__", "__weakref__")}
+    module.__class__ = type(kind.__name__, kind.__bases__, kept)
+
+
+def _remove(slot: Slot) -> None:
+    """Put the plain parameter back."""
+    module, key = slot.module, slot.key
+    if not parametrize.is_parametrized(module, key):
+        return
+    del module.parametrizations[key]
+    if module.parametrizations:
+        _own_class(module, without=key)
+    else:
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+    module.register_parameter(key, slot.parameter)
+
+
+__all__ = ["Parametrization", "attach", "bake", "bake_into", "load_theta", "parametrization", "theta", "trainable"]

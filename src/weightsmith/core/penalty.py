@@ -1,0 +1,64 @@
+"""Penalty: a differentiable measure as a term of the loss, summed over a live model's parameters."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from weightsmith.core.apply import resolve
+from weightsmith.core.errors import InputError, MethodError, nearest
+from weightsmith.core.method import card
+from weightsmith.core.weights import Memory, Weights, any_match, matches
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Penalty:
+    """A regulariser: `loss + penalty(model)`.
+
+    Args:
+        measure: a differentiable measure of one tensor, or its name; if it asks for `base`, the model as it is now.
+        model: the model to be trained.
+        base: other weights to compare with.
+        strength: factor on each tensor's measure: a number, a list over depth or a `{glob: value}` map.
+        where: globs over names and roles of the parameters, joined by `|`.
+        exclude: globs of parameters to leave alone.
+        **hyperparameters: of the measure.
+
+    Raises:
+        MethodError: the measure is not one of single tensors, or needs something else than `base`.
+        InputError: no trainable parameter matches, or `base` lacks one.
+    """
+
+    def __init__(
+        self,
+        measure: str | Callable[..., Any],
+        model: "nn.Module",
+        *,
+        base: Weights | None = None,
+        strength: Any = 1.0,
+        where: str = "*",
+        exclude: str | tuple[str, ...] = (),
+        **hyperparameters: Any,
+    ):
+        about = card(measure)
+        if about.kind != "measure" or about.unit != "w" or set(about.needs) - {"base"}:
+            raise MethodError("not a measure of one tensor", where=about.id, hint="say `regularize.l2_to_init`")
+        trainable = Memory({name: p for name, p in model.named_parameters() if p.requires_grad})
+        specs = [s for s in map(trainable.spec, trainable) if matches(s, where) and not any_match(s, exclude)]
+        if not specs:
+            raise InputError(
+                f"`{where}` matches no trainable parameter", hint=nearest(where, trainable, what="there are")
+            )
+        self.function, self.hyper, self.needs_base = about.function, about.validate(hyperparameters), bool(about.needs)
+        self.strength = {spec.name: float(resolve(strength, spec)) for spec in specs}
+        source = base if base is not None else trainable
+        self.base = {name: source[name].detach().clone() for name in self.strength} if self.needs_base else {}
+
+    def __call__(self, model: "nn.Module") -> "Tensor":
+        """The sum over the parameters, each times its strength."""
+        parameters = dict(model.named_parameters())
+        terms = []
+        for name, strength in self.strength.items():
+            tensors = (parameters[name], self.base[name]) if self.needs_base else (parameters[name],)
+            terms.append(strength * self.function(*tensors, **self.hyper))
+        return sum(terms[1:], terms[0])

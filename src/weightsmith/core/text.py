@@ -1,0 +1,78 @@
+"""Text for calibration and evaluation, tokenized by the tokenizer that came with the checkpoint."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from weightsmith.core.errors import InputError
+from weightsmith.core.weights import Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DOMAINS = ("documentation", "source_code")
+"""Texts that come with Python: its documentation, and the standard library's source."""
+
+TRAIN, HELD_OUT = "train", "test"
+
+
+def read_text(source: str | Path, split: str = HELD_OUT) -> str:
+    """The text of a file, or one split of one of `DOMAINS`.
+
+    Raises:
+        InputError: there is no such file, or it is not UTF-8.
+    """
+    if str(source) in DOMAINS:
+        from weightsmith.lab.data import text
+
+        return text(str(source), split)
+    try:
+        return Path(source).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 at byte {error.start}", where=source, hint="give a plain text file") from None
+    except OSError as error:
+        hint = f"give a text file, or one of {', '.join(f'`{d}`' for d in DOMAINS)}"
+        raise InputError(str(error.strerror), where=source, hint=hint) from None
+
+
+def tokenize(weights: Weights, text: str) -> "Tensor":
+    """Token ids of a text, shape (tokens,).
+
+    Raises:
+        InputError: the checkpoint has no `tokenizer.json`, or the package `tokenizers` is missing.
+    """
+    import torch
+
+    asset = weights.origin.assets.get("tokenizer.json")
+    if asset is None:
+        raise InputError("there is no tokenizer.json beside these weights", where=weights.origin.path,
+                         hint="put the model's tokenizer.json into its folder")  # fmt: skip
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise InputError("tokenizing needs the package `tokenizers`", hint='pip install "weightsmith[hf]"') from None
+    raw = asset if isinstance(asset, bytes) else Path(asset).read_bytes()
+    return torch.tensor(Tokenizer.from_str(raw.decode()).encode(text, add_special_tokens=False).ids)
+
+
+def chunks(
+    weights: Weights, source: str | Path, *, samples: int = 16, length: int = 512, split: str = HELD_OUT, spread: bool = False
+) -> "Tensor":
+    """Chunks of a text as token ids, shape (samples, length).
+
+    Args:
+        source: a text file or one of `DOMAINS`.
+        split: of a domain: `train` or `test`.
+        spread: take the chunks evenly from the whole text instead of from its start.
+
+    Raises:
+        InputError: the text is shorter than one chunk.
+    """
+    import torch
+
+    ids = tokenize(weights, read_text(source, split))
+    there = len(ids) // length
+    if not there:
+        raise InputError(f"{len(ids)} tokens, one chunk takes {length}", where=source, hint=f"give more text, or `--length {max(2, len(ids))}`")
+    pieces = ids[: there * length].view(there, length)
+    taken = min(samples, there)
+    return pieces[torch.arange(taken) * there // taken] if spread else pieces[:taken]

@@ -1,0 +1,320 @@
+"""Inputs and hyperparameters for any method, drawn from its signature alone: the same seed draws the same case."""
+
+import itertools
+import math
+import random
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, is_dataclass, replace
+from typing import Any
+
+import annotated_types
+import torch
+from torch import Tensor, nn
+
+from weightsmith.core.apply import apply
+from weightsmith.core.errors import WeightsmithError
+from weightsmith.core.laws import Case, decode
+from weightsmith.core.method import STATISTICS, Card, Hyperparameter
+from weightsmith.core.weights import Memory, Spec, Weights
+
+SHAPE = (24, 256)
+"""Larger than the usual hyperparameters, so that no law is true for want of room: rank 8, groups of 128, 4 bits."""
+
+VOCABULARY = 32
+
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+@dataclass
+class Output:
+    """What a language model of the transformers library returns."""
+
+    logits: Tensor
+
+
+class TinyLanguageModel(nn.Module):
+    """Token ids to logits, called as transformers' models are, with a linear layer that repeats."""
+
+    def __init__(self, seed: int = 0, width: int = 16):
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.layers = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh())
+        self.head = nn.Linear(width, VOCABULARY)
+        rng = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.randn(p.shape, generator=rng) * 0.3)
+
+    def forward(self, input_ids: Tensor, **_: object) -> Output:
+        """Logits for each token."""
+        return Output(self.head(self.layers(self.embed(input_ids))))
+
+
+def inputs(card: Card, seed: int = 0, shape: tuple[int, ...] = SHAPE, optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Positional arguments by name. Models scatter around the base; needs the method can do without are left out."""
+    wanted = [card.unit, *(need for need in card.needs if need not in card.optional or need in optional)]
+    center = _normal(shape, seed, "base")
+    many = [center + 0.5 * _normal(shape, seed, "ws", k) for k in range(_models(card))]
+    width = math.prod(shape[1:])
+    given: dict[str, Callable[[], Any]] = {
+        "spec": lambda: Spec(NAME, (shape[0] + seed, *shape[1:]), role="mlp.up", layer=0),
+        "w": lambda: _normal(shape, seed, "w"),
+        "ws": lambda: many,
+        "models": lambda: [Memory({NAME: w}) for w in many],
+        "model": lambda: TinyLanguageModel(seed),
+        "base": lambda: center,
+        "rng": lambda: torch.Generator().manual_seed(seed),
+        "act_norm": lambda: _normal((width,), seed, "act_norm").exp(),
+        "gram": lambda: _gram(width, seed),
+        "grad": lambda: _normal(shape, seed, "grad"),
+        "fisher": lambda: _normal(shape, seed, "fisher").square(),
+        "threshold": lambda: 0.5 + 0.1 * seed,
+        "evaluate": lambda: _Closeness(many[seed % len(many)] if many else center),
+        "batch": lambda: torch.randint(VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(seed)),
+    }
+    return {name: given[name]() for name in wanted}
+
+
+def cases(card: Card, count: int = 6) -> Iterator[Case]:
+    """The method at its defaults, then at hyperparameters drawn within their bounds; refused combinations left out."""
+    yield Case(card.function, inputs(card), card.validate({}))
+    draw = random.Random(card.id)
+    for seed in range(1, count):
+        hyper = {h.name: draw.choice(values(card, h, ends=False)) for h in card.hyperparameters.values()}
+        case = Case(card.function, inputs(card, seed), {**card.validate({}), **hyper}, seed)
+        if accepts(case):
+            yield case
+
+
+def accepts(case: Case) -> bool:
+    """Whether the method takes this combination rather than refusing it with an error of ours."""
+    try:
+        case.run()
+    except WeightsmithError:
+        return False
+    return True
+
+
+def values(card: Card, hyper: Hyperparameter, *, ends: bool = True) -> list[Any]:
+    """Values of a hyperparameter that its annotation allows, the default first.
+
+    Args:
+        card: whose it is.
+        hyper: the hyperparameter.
+        ends: whether to include the very ends of a range of floats, where methods degenerate by design.
+    """
+    found = [hyper.default]
+    for value in _members(hyper.annotation, hyper, ends):
+        try:
+            card.validate({hyper.name: value})
+        except WeightsmithError:
+            continue
+        if not any(value == other and type(value) is type(other) for other in found):
+            found.append(value)
+    return found
+
+
+def _members(annotation: Any, hyper: Hyperparameter, ends: bool) -> Iterator[Any]:
+    bounds = []
+    while typing.get_origin(annotation) is typing.Annotated:
+        annotation, *more = typing.get_args(annotation)
+        bounds += more
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        for member in typing.get_args(annotation):
+            yield from _members(typing.Annotated[member, *bounds] if bounds else member, hyper, ends)
+    elif origin is typing.Literal:
+        yield from typing.get_args(annotation)
+    elif annotation is types.NoneType:
+        yield None
+    elif annotation is bool:
+        yield from (True, False)
+    elif annotation is str:
+        yield from re.findall(r"`([^`\s]+)`", hyper.help)
+    elif annotation in (int, float):
+        yield from _numbers(annotation, *_range(bounds), hyper.default, ends)
+
+
+def _range(bounds: list[Any]) -> tuple[float | None, float | None]:
+    low = high = None
+    pending = list(bounds)
+    while pending:
+        bound = pending.pop()
+        if isinstance(bound, annotated_types.GroupedMetadata):
+            pending += list(bound)
+        else:
+            pending += getattr(bound, "metadata", [])
+            low = next((v for v in (getattr(bound, "ge", None), getattr(bound, "gt", None)) if v is not None), low)
+            high = next((v for v in (getattr(bound, "le", None), getattr(bound, "lt", None)) if v is not None), high)
+    return low, high
+
+
+def _numbers(kind: type, low: float | None, high: float | None, default: Any, ends: bool) -> Iterator[Any]:
+    start = default if isinstance(default, int | float) else 1
+    if kind is int:
+        first = low if low is not None else min(start, 0)
+        yield from (first + k for k in (0, 1, 2, 3, 7, 15, 31, 63) if high is None or first + k <= high)
+        if high is not None:
+            yield high
+    elif low is not None and high is not None:
+        shares = (0.1, 0.25, 0.5, 0.75, 0.9)
+        yield from (low + (high - low) * share for share in ((0.0, *shares, 1.0) if ends else shares))
+    else:
+        yield from (start * 0.5, start * 2.0, start + 1.0, start - 1.0, *((0.0,) if ends else ()))
+
+
+def outcome(case: Case) -> dict[str, Tensor]:
+    """All that can be seen of a result, as tensors by name; of a parametrization: theta, and what it decodes to.
+
+    Theta is also decoded after a nudge, since an adapter at its start hides its scale and its rank.
+    """
+    if not isinstance(case.function, type):
+        return flatten(case.run())
+    if "rng" in case.inputs:
+        case.inputs["rng"].manual_seed(case.seed)
+    form = case.function(**case.hyper)
+    theta = form.encode(**case.inputs)
+    return {**flatten(theta, "theta"), "start": decode(form, case.inputs["w"], theta),
+            "nudged": decode(form, case.inputs["w"], nudged(theta))}  # fmt: skip
+
+
+def nudged(theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Theta with its floats moved a little, always by the same amounts."""
+    return {k: v + 0.1 * _normal(v.shape, 0, k) if v.is_floating_point() else v for k, v in theta.items()}
+
+
+def flatten(value: Any, name: str = "result") -> dict[str, Tensor]:
+    """The tensors and numbers in a result, by where they are."""
+    if isinstance(value, Tensor):
+        return {name: value.detach()}
+    if isinstance(value, nn.Module):
+        return flatten(value.state_dict(), name)
+    if isinstance(value, str) or value is None:
+        return {name: torch.tensor(list(str(value).encode()), dtype=torch.int64)}
+    if isinstance(value, Weights):
+        value = {key: value.read(key) for key in value}
+    if is_dataclass(value):
+        value = asdict(value)
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
+    if isinstance(value, Mapping):
+        return dict(itertools.chain.from_iterable(flatten(v, f"{name}.{k}").items() for k, v in value.items()))
+    return {name: torch.as_tensor(value)}
+
+
+def differ(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether two outcomes differ in any bit."""
+    return a.keys() != b.keys() or any(a[k].shape != b[k].shape or not identical(a[k], b[k]) for k in a)
+
+
+def identical(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same values, NaN equal to itself."""
+    return a.dtype == b.dtype and torch.equal(torch.nan_to_num(a, 7.77), torch.nan_to_num(b, 7.77))
+
+
+def tensors_of(value: Any) -> dict[str, Tensor]:
+    """The very tensors in an input."""
+    return flatten(value) if isinstance(value, Tensor | list | Weights | nn.Module) else {}
+
+
+COPIED = {
+    "integer": torch.arange(6).reshape(2, 3),
+    "boolean": torch.tensor([True, False]),
+    "empty": torch.zeros(0, 4),
+}
+
+
+EXTREMES: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros": torch.zeros_like,
+    "ones": torch.ones_like,
+    "tiny values": lambda t: t * 1e-20,
+    "large values": lambda t: t * 1e4,
+    "an outlier": lambda t: torch.where(torch.arange(t.numel()).reshape(t.shape) == 1, 1e4, t),
+    "a row of zeros": lambda t: torch.where(torch.arange(t.numel()).reshape(t.shape) < t.shape[-1], 0.0, t),
+}
+
+
+def lifted(
+    card: Card,
+    *,
+    dtype: str = "float32",
+    shape: tuple[int, ...] = SHAPE,
+    rounded: str = "float32",
+    alone: bool = False,
+    seed: int = 0,
+) -> Weights:
+    """The method, at its defaults, over a checkpoint of two layers and what is copied; `alone`: of the first layer."""
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(getattr(torch, rounded)).to(getattr(torch, dtype))
+
+    layers = [inputs(card, 0, shape), *([] if alone else [inputs(card, 5)])]
+    if card.unit == "spec":
+        layers = [{**layer, "spec": replace(layer["spec"], dtype=dtype)} for layer in layers]
+    return over(card, [changed(layer, cast) for layer in layers], {} if alone else COPIED, seed=seed)
+
+
+def over(
+    card: Card, layers: list[dict[str, Any]], copied: Mapping[str, Tensor] | None = None, *, seed: int = 0, **hyper: Any
+) -> Weights:
+    """A method over Weights whose layers are the given inputs."""
+
+    def gather(need: str, pick: Callable[[Any], Tensor] = lambda value: value) -> Memory:
+        extra = {} if need in STATISTICS else copied or {}
+        return Memory({**{NAME.replace("0", str(k)): pick(layer[need]) for k, layer in enumerate(layers)}, **extra})
+
+    if card.unit == "ws":
+        models: Any = [gather("ws", lambda ws, k=k: ws[k]) for k in range(len(layers[0]["ws"]))]
+    else:
+        dtype = layers[0]["spec"].torch_dtype if card.unit == "spec" else None
+        models = gather(card.unit, lambda unit: torch.zeros(unit.shape, dtype=dtype) if card.unit == "spec" else unit)
+    base = gather("base") if "base" in layers[0] else None
+    stats = {need: gather(need) for need in STATISTICS if need in layers[0]}
+    return apply(card.function, models, base=base, stats=stats, where="**", seed=seed, **hyper)
+
+
+def changed(given: Mapping[str, Any], change: Callable[[Tensor], Tensor], *, every: bool = False) -> dict[str, Any]:
+    """The inputs with their tensors changed; statistics, which are not weights, only if `every`."""
+
+    def one(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [one(name, item) for item in value]
+        if isinstance(value, Weights):
+            return Memory({k: change(value.read(k)) for k in value})
+        floats = isinstance(value, Tensor) and value.is_floating_point()
+        return change(value) if floats and (every or name in ("w", "ws", "base")) else value
+
+    return {name: one(name, value) for name, value in given.items()}
+
+
+def _normal(shape: tuple[int, ...], *key: object) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(random.Random(repr(key)).getrandbits(32)))
+
+
+def _gram(width: int, seed: int) -> Tensor:
+    x = _normal((2 * width, width), seed, "gram") * _normal((width,), seed, "scale").exp()
+    x = x + x.roll(1, 1) * 0.5
+    return x.T @ x / len(x)
+
+
+@dataclass(frozen=True)
+class _Closeness:
+    target: Tensor
+
+    def __call__(self, weights: Weights) -> float:
+        return -sum(float((weights.read(name).float() - self.target).square().mean()) for name in weights)
+
+
+def _models(card: Card) -> int:
+    """How many models the method merges: three, or two when it refuses three."""
+    if card.id not in _COUNTS and card.unit in ("ws", "models"):
+        _COUNTS[card.id] = 3
+        if not accepts(Case(card.function, inputs(card), card.validate({}))):
+            _COUNTS[card.id] = 2
+    return _COUNTS.get(card.id, 0)
+
+
+_COUNTS: dict[str, int] = {}

@@ -1,0 +1,45 @@
+"""Weight averaging for neural networks and local resampling schemes (Utans, AAAI 1996 workshop)."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from weightsmith.core.laws import elementwise, equal_inputs_kept
+from weightsmith.core.method import op
+
+
+@op(
+    paper="AAAI-96 workshop on integrating multiple learned models: no arXiv id",
+    laws=[elementwise(), equal_inputs_kept("ws")],
+)
+def linear(
+    ws: list[Float[Tensor, "*shape"]], *, weight: float | tuple[float, ...] = 1.0, normalize: bool = True
+) -> Float[Tensor, "*shape"]:
+    r"""Average the models, each with its own weight.
+
+    $$ \theta = \sum_i \alpha_i \theta_i \Big/ \sum_i \alpha_i $$
+
+    Args:
+        weight: alpha; one number for all models, or one for each.
+        normalize: divide by the sum of the weights.
+
+    Example:
+        >>> linear([torch.tensor([1.0]), torch.tensor([5.0])], weight=(3.0, 1.0))
+        tensor([2.])
+    """
+    weights = per_model(weight, len(ws))
+    total = sum(weights) if normalize else 1.0
+    return sum(w * (alpha / total) for w, alpha in zip(ws, weights, strict=True))
+
+
+def per_model(value: float | tuple[float, ...], count: int) -> tuple[float, ...]:
+    """One number for each of `count` models.
+
+    Raises:
+        MethodError: a tuple of another length.
+    """
+    from weightsmith.core.errors import MethodError
+
+    values = value if isinstance(value, tuple | list) else (value,) * count
+    if len(values) != count:
+        raise MethodError(f"{len(values)} weights for {count} models", hint="give one number, or one for each model")
+    return tuple(values)

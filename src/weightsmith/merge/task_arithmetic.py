@@ -1,0 +1,31 @@
+"""Editing models with task arithmetic (Ilharco et al., ICLR 2023)."""
+
+from typing import Annotated
+
+from annotated_types import Interval
+from jaxtyping import Float
+from torch import Tensor
+
+from weightsmith.core.laws import affine, elementwise, identity_at, order_free
+from weightsmith.core.method import op
+
+
+@op(paper="arXiv:2212.04089", laws=[elementwise(), identity_at("base", scale=0.0), order_free("ws"), affine("ws")])
+def task_arithmetic(
+    ws: list[Float[Tensor, "*shape"]],
+    base: Float[Tensor, "*shape"],
+    *,
+    scale: Annotated[float, Interval(ge=-2, le=2)] = 0.3,
+) -> Float[Tensor, "*shape"]:
+    r"""Add what each fine-tuning changed back onto the base model.
+
+    $$ \theta = \theta_0 + \lambda \sum_i (\theta_i - \theta_0) $$
+
+    Args:
+        scale: lambda in the paper, section 4; 0.3-0.5 suits most pairs of tasks. A negative value forgets the task.
+
+    Example:
+        >>> task_arithmetic([torch.tensor([3.0])], torch.tensor([1.0]), scale=0.5)
+        tensor([2.])
+    """
+    return base + scale * sum(w - base for w in ws)

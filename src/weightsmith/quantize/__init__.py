@@ -1,0 +1,5 @@
+"""Quantise: weights in few bits."""
+
+from weightsmith.core.method import family
+
+family(__name__)

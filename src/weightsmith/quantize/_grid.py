@@ -1,0 +1,127 @@
+"""Grids, groups and bits: what the quantisers share.
+
+A row is cut into groups of `group_size` neighbours, the last one shorter if need be. A group has a 16-bit scale and
+perhaps a zero point; a weight is `(code - zero) * scale` on an integer grid and `levels[code] * scale` on the others.
+"""
+
+import math
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+Grid = Literal["int", "asymmetric", "float", "normal", "quantile"]
+
+EXPONENT_BITS = {2: 1, 3: 2, 4: 2, 5: 3, 6: 3, 7: 3, 8: 4}
+"""Bits of the exponent of a float of so many bits; one is the sign, the others the mantissa."""
+
+SMALLEST, LARGEST = 2.0**-24, 65504.0
+"""The positive numbers that 16 bits hold."""
+
+
+def groups(w: Tensor, size: int | None) -> Tensor:
+    """Rows as (out, groups, size); a short last group is filled up with its last entry."""
+    out, width = w.shape
+    size = min(size or width, width)
+    if width % size:
+        w = pad(w, (0, -width % size), mode="replicate")
+    return w.reshape(out, -1, size)
+
+
+def rows(grouped: Tensor, width: int) -> Tensor:
+    """The rows that `groups` cut."""
+    return grouped.flatten(1)[:, :width]
+
+
+def truncated(x: Tensor) -> Tensor:
+    """Positive numbers as 16-bit floats, rounded down, so that the range they came from is used to its ends."""
+    bits = x.clamp(SMALLEST, LARGEST).contiguous().view(torch.int32) & -(1 << 13)
+    return bits.view(torch.float32).half().clamp_min(SMALLEST)
+
+
+def to_range(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and integer zero point of a grid from `low <= 0` to `high >= 0`."""
+    top = 2**bits - 1
+    scale = truncated((high - low) / top)
+    return scale, (low / -scale.float()).round_().clamp_(0, top)
+
+
+@cache
+def levels(grid: Literal["float", "normal"], bits: int) -> Tensor:
+    r"""Sorted levels of a grid that no data decide, the largest in magnitude being 1.
+
+    `float`: sign, $e$ bits of exponent and $m$ of mantissa with subnormals, no infinity. `normal`: quantiles of the
+    normal distribution, an exact zero, one more level above it than below.
+    """
+    if grid == "float":
+        e = EXPONENT_BITS[bits]
+        m = bits - 1 - e
+        codes = torch.arange(2 ** (bits - 1))
+        exponent, mantissa = codes >> m, (codes & (2**m - 1)) / 2**m
+        positive = torch.where(exponent == 0, mantissa * 2, (1 + mantissa) * 2.0**exponent) / 2
+        both = torch.cat([-positive.flip(0), positive])
+    else:
+        half = 2 ** (bits - 1)
+        edge = 1 - (1 / (2 * half) + 1 / (2 * (2 * half - 1))) / 2
+        normal = torch.distributions.Normal(0.0, 1.0)
+        above = normal.icdf(torch.linspace(edge, 0.5, half + 1)[:-1])
+        below = -normal.icdf(torch.linspace(edge, 0.5, half)[:-1])
+        both = torch.cat([below, torch.zeros(1), above.flip(0)])
+    return both / both.abs().max()
+
+
+def empirical_levels(x: Tensor, bits: int) -> Tensor:
+    r"""Levels at the quantiles of the data, scaled to reach from -1 to 1.
+
+    $$ c_j = (Q(j / (2^k + 1)) + Q((j + 1) / (2^k + 1))) / 2 $$
+    """
+    count = 2**bits
+    ordered = x.flatten().sort().values
+    place = torch.linspace(0, 1, count + 2)[:-1] * (len(ordered) - 1)
+    at = ordered[place.round().long()]
+    found = (at[:-1] + at[1:]) / 2 if len(at) > count else at
+    found = found / found.abs().max().clamp_min(SMALLEST)
+    found[0], found[-1] = -1.0, 1.0
+    return found.half()
+
+
+def nearest(x: Tensor, table: Tensor) -> Tensor:
+    """The number of the nearest level, as a byte."""
+    table = table.float()
+    middles = (table[1:] + table[:-1]) / 2
+    if len(middles) > 15:
+        return torch.bucketize(x, middles).to(torch.uint8)
+    codes = torch.zeros_like(x, dtype=torch.uint8)
+    for middle in middles.tolist():
+        codes += x > middle
+    return codes
+
+
+def decoded(
+    codes: Tensor, scale: Tensor, zero: Tensor | float | None, table: Tensor | None, size: int | None
+) -> Tensor:
+    """The weight that codes and scales stand for."""
+    grouped = groups(codes, size)
+    if table is not None:
+        values = table.float()[grouped.long()]
+    else:
+        values = grouped.float() - (zero if isinstance(zero, float) else zero.float().unsqueeze(2))
+    return rows(values * scale.float().unsqueeze(2), codes.shape[1])
+
+
+def stored_bits(theta: dict[str, Tensor], bits: int) -> int:
+    """Bits that theta takes when packed: codes and zero points at `bits` each, scales and levels at 16."""
+    packed = ("codes", "zero")
+    return sum(tensor.numel() * (bits if key in packed else 16) for key, tensor in theta.items())
+
+
+def gap(w: Tensor, decoded: Tensor, bits_per_weight: float) -> float:
+    r"""Bits a weight spends above the least that any quantiser needs for Gaussian weights at this error.
+
+    $$ R - \tfrac12 \log_2 (\sigma^2 / D) $$
+    """
+    error = (w - decoded).double().square().mean()
+    variance = w.double().var(correction=0)
+    return bits_per_weight - 0.5 * math.log2(float(variance / error))
