@@ -98,6 +98,24 @@ def test_lsuv_follows_the_order_of_running_and_keeps_tied_weights():
     lsuv(model, (ids,))
 
 
+class Conv1D(nn.Module):
+    """As in GPT-2: a linear layer whose weight is (in, out)."""
+
+    def __init__(self, inputs: int, out: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(inputs, out)), nn.Parameter(torch.ones(out))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight + self.bias
+
+
+def test_lsuv_knows_gpt2s_layers():
+    model, x = nn.Sequential(Conv1D(8, 12), nn.GELU(), Conv1D(12, 8)), torch.randn(64, 8, generator=seeded())
+    lsuv(model, x)
+    assert float(model[0](x).detach().std()) == pytest.approx(1.0, abs=1e-4)
+    assert float(model(x).detach().std()) == pytest.approx(1.0, abs=1e-4)
+
+
 def test_lsuv_keeps_directions_if_asked_and_is_deterministic():
     x = torch.randn(64, 8, generator=seeded())
     model = nn.Linear(8, 8)

@@ -186,8 +186,19 @@ def test_decide_turns_the_allocation_into_a_map_over_tensors():
     assert made["sparsity"] == allocation.global_(weights, sparsity=0.7)
     with pytest.raises(MethodError, match="fixes the sparsity"):
         magnitude.decide(weights, {}, {"allocation": "erk", "pattern": "2:4"})
+    with pytest.raises(MethodError, match="one for all tensors"):
+        magnitude.decide(weights, {}, {"allocation": {"*": "erk"}})
     with pytest.raises(MethodError, match="one number"):
         magnitude.decide(weights, {}, {"allocation": "erk", "sparsity": {"*": 0.5}})
+
+
+@pytest.mark.parametrize("how", ["uniform", "erk", "global"])
+def test_apply_shares_the_sparsity_among_the_tensors_it_prunes(how):
+    weights = checkpoint()
+    pruned = apply(magnitude, weights, sparsity=0.7, allocation=how)
+    zeros = sum(int((pruned.read(name) == 0).sum()) for name in LAYERS)
+    assert zeros == pytest.approx(0.7 * sum(weights.spec(name).numel for name in LAYERS), abs=len(LAYERS))
+    assert torch.equal(pruned.read("model.embed_tokens.weight"), weights.read("model.embed_tokens.weight"))
 
 
 def test_an_allocation_without_matrices_is_an_error():

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from weightsmith.core.errors import FormatError, InputError, RunError, WeightsmithError
-from weightsmith.core.report import KINDS, Claim, Layers, Report, Run, Score, Step, terminal_table, text_table
+from weightsmith.core.report import KINDS, Claim, Layers, Report, Run, Score, Step, by_layer, terminal_table, text_table
 from weightsmith.core.report.charts import Fitted, Series, Shades, heat, histogram
 from weightsmith.core.report.page import COLUMNS, ROWS, aggregate, embed, render
 from weightsmith.core.report.story import Story, headline
 from weightsmith.core.report.svg import Scale
+from weightsmith.core.weights import Spec
 
 STAGES = {
     "base": ([], 15.0, 10.0, 1000),
@@ -232,7 +233,7 @@ def data_of(page):
 def test_the_page_is_whole_and_shows_every_kind(report):
     page = Page(render(filled(report)))
     charts = {attrs["class"] for tag, attrs in page.seen if tag == "svg"}
-    assert charts == {"dots", "bars", "heat", "ramp", "histogram", "spectrum"}
+    assert charts == {"dots", "bars", "heat", "histogram", "spectrum"}
     for tag, attrs in page.seen:
         if tag == "svg":
             assert attrs["role"] == "img"
@@ -326,8 +327,23 @@ def test_a_heat_map_of_a_large_model_stays_readable():
     assert len(shown_columns) <= COLUMNS
     assert shown[0][0] == 0
     assert shown[-1][0] == sum(range(19, 60)) / 41
-    assert "3 of 126 layers" in told
-    assert "41 roles" in told
+    assert told == ["averages of 3 of 126 layers", "the last row is the average of 41 roles"]
+
+
+def test_numbers_about_tensors_become_rows_and_columns():
+    specs = [
+        Spec("embed", (2, 2), role="embedding"),
+        Spec("1.up", (2, 2), role="mlp.up", layer=1),
+        Spec("10.up", (2, 2), role="mlp.up", layer=10),
+        Spec("2.up.a", (2, 2), role="mlp.up", layer=2),
+        Spec("2.up.b", (2, 2), role="mlp.up", layer=2),
+    ]
+    assert by_layer(dict(zip(specs, (1.0, 2.0, 3.0, 4.0, 6.0), strict=True))) == {
+        "rows": ["embedding", "mlp.up"],
+        "columns": ["–", "1", "2", "10"],
+        "values": [[1.0, None, None, None], [None, 2.0, 5.0, 3.0]],
+    }
+    assert by_layer({}) == {"rows": [], "columns": [], "values": []}
 
 
 # ------------------------------------------------------------------------------------------------------ the pictures
@@ -349,15 +365,18 @@ def test_shades_span_the_numbers():
     shades = Shades.of([0.001, 0.01, 0.1, 1.0])
     assert shades.log
     assert [shades(v) for v in (0.0, 0.001, 1.0)] == [0, 0, 9]
-    assert not Shades.of([1.0, 2.0]).log
-    assert Shades.of([0.0, 0.0])(0.0) == 0
+    assert Shades.of([1.0, 3.0]) == Shades(0.0, 3.0, log=False)
+    assert Shades.of([2.0, 3.0]) == Shades(2.0, 3.0, log=False)
+    assert Shades.of([-1.0, 3.0]) == Shades(-1.0, 3.0, log=False)
+    for values in ([], [0.0, 0.0], [7.0], [-2.0, -1.0]):
+        shades = Shades.of(values)
+        assert all(0 <= shades(value) <= 9 for value in [*values, 0.0])
 
 
 def test_a_histogram_stands_on_the_floor_where_nothing_is():
     svg = histogram("w", [0, 1, 2, 3], [Series("a", [10, 0, 10])])
-    drawn = re.search(r'd="(M40\.0 190[^"]*)" class="area s0"', svg)[1]
-    assert drawn.count("V190") == 2
-    assert drawn.endswith("z")
+    drawn = re.search(r'd="([^"]*)" class="area s0"', svg)[1]
+    assert re.fullmatch(r"M40\.0 190(V[\d.]+)H[\d.]+V190\.0M[\d.]+ 190\1H412\.0V190", drawn)
 
 
 def test_a_fitted_law_runs_through_its_own_start():
@@ -369,8 +388,8 @@ def test_a_fitted_law_runs_through_its_own_start():
 
 
 def test_heat_leaves_out_what_is_not_there():
-    svg = heat("t", ["a", "b"], ["0", "1"], [[1.0, None], [2.0, 3.0]], Shades.of([1.0, 3.0]))
-    assert svg.count("<rect") == 3
+    svg = heat("t", ["a", "b"], ["0", "1"], [[1.0, None], [2.0, 3.0]])
+    assert [svg.count(tip) for tip in ("<title>a · 0", "<title>a · 1", "<title>b · 0", "<title>b · 1")] == [1, 0, 1, 1]
 
 
 # --------------------------------------------------------------------------------------------------------- the story
@@ -384,6 +403,38 @@ def test_the_story_is_told_from_the_numbers(report):
     assert told["merged"] == "Keeps 80 % of what english gained on English and 75 % of what python gained on Python."
     assert told["3-bit"] == "Loses 50.0 % on English against merged. It saves 75.0 % of the bytes (1.00 kB → 250 B)."
     assert headline(story)[0] == ("perplexity, English", "15 → 18.90", "+26.0 % from base to 3-bit")
+
+
+def test_a_great_loss_is_told_as_a_factor(tmp_path):
+    report = Report(tmp_path / "report.jsonl")
+    for name, value in (("base", 10.0), ("2-bit", 65.0)):
+        report.add("step", name=name, inputs=["base"] if name != "base" else [])
+        report.add("score", step=name, on="English", value=value)
+    assert Story(report).sentences(Story(report).stages[1]) == ["Loses a factor of 6.50 on English against base."]
+
+
+@pytest.mark.parametrize(
+    ("merged", "told"),
+    [
+        (12.0, "Keeps 75 % of what a gained on loss."),
+        (16.0, "Keeps none of what a gained on loss."),
+        (7.0, "Keeps 200 % of what a gained on loss."),
+        (float("inf"), "Keeps none of what a gained on loss."),
+        (float("nan"), ""),
+    ],
+)
+def test_what_a_merge_keeps(tmp_path, merged, told):
+    report = Report(tmp_path / "report.jsonl")
+    for name, inputs, value in (
+        ("base", [], 15.0),
+        ("a", ["base"], 11.0),
+        ("b", ["base"], 15.5),
+        ("m", ["a", "b"], merged),
+    ):
+        report.add("step", name=name, inputs=inputs)
+        report.add("score", step=name, metric="loss", value=value)
+    assert " ".join(Story(report).sentences(Story(report).stages[-1])) == told
+    Page(render(report))
 
 
 def test_higher_can_be_better(tmp_path):

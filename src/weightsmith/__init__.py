@@ -7,14 +7,14 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Memory": "core.weights", "Spec": "core.weights", "Weights": "core.weights", "open": "core.weights",
-    "apply": "core.apply", "save": "core.run", "run": "core.run", "plan": "core.plan",
+    "apply": "core.apply", "save": "core.run", "run": "core.pipeline", "plan": "core.plan",
     "attach": "core.parametrization", "bake": "core.parametrization",
-    "op": "core.method", "measure_method": "core.method", "get": "core.method", "methods": "core.method",
+    "op": "core.method", "get": "core.method", "methods": "core.method",
     "WeightsmithError": "core.errors",
 }  # fmt: skip
 _FAMILIES = ("init", "merge", "adapt", "prune", "quantize", "regularize", "measure")
 
-__all__ = ["__version__", *(name for name in _PUBLIC if name != "measure_method"), *_FAMILIES, "lab"]
+__all__ = ["__version__", *_PUBLIC, *_FAMILIES, "lab"]
 
 
 def __getattr__(name: str) -> Any:

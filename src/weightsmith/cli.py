@@ -45,11 +45,17 @@ Format = Annotated[Literal["human", "json"], Parameter(help="How to print data."
 class Writing:
     """Flags of every command that writes a checkpoint."""
 
-    out: Annotated[str | None, Parameter(name=["--out", "-o"], help="Folder, or file ending in .safetensors, to write.")] = None
+    out: Annotated[
+        str | None, Parameter(name=["--out", "-o"], help="Folder, or file ending in .safetensors, to write.")
+    ] = None
     where: Annotated[str, Parameter(help="Globs over tensor names and roles to work on, joined by |.")] = "*"
-    exclude: Annotated[list[str], Parameter(help="Globs of tensors to leave alone.", negative=())] = field(default_factory=list)
+    exclude: Annotated[list[str], Parameter(help="Globs of tensors to leave alone.", negative=())] = field(
+        default_factory=list
+    )
     seed: Annotated[int, Parameter(help="For methods that draw random numbers.")] = 0
-    dtype: Annotated[Literal["float32", "float16", "bfloat16"] | None, Parameter(help="Store floats in this dtype.")] = None
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None, Parameter(help="Store floats in this dtype.")
+    ] = None
     shards: Annotated[str, Parameter(help="Bytes in a shard at most.")] = "5GB"
     jobs: Annotated[int | None, Parameter(name=["--jobs", "-j"], help="Shards worked on at a time.")] = None
     dry_run: Annotated[bool, Parameter(help="Show the plan, read no tensor.", negative=())] = False
@@ -70,7 +76,9 @@ class Writing:
 class Data:
     """Flags of methods that look at text."""
 
-    calibrate: Annotated[str | None, Parameter(help="Text file, or documentation or source_code, to measure statistics on.")] = None
+    calibrate: Annotated[
+        str | None, Parameter(help="Text file, or documentation or source_code, to measure statistics on.")
+    ] = None
     evaluate: Annotated[str | None, Parameter(help="Held-out text for methods that choose by score.")] = None
     samples: Annotated[int, Parameter(help="Chunks of text.")] = 16
     length: Annotated[int, Parameter(help="Tokens in a chunk.")] = 512
@@ -96,7 +104,9 @@ def list_methods(pattern: str = "*", *, family: str | None = None, format: Forma
     ]
     if not found:
         names = {card["name"] for card in index().values()} | {card["family"] for card in index().values()}
-        raise MethodError(f"no method matches `{pattern}`", hint=nearest(pattern, names, what="see `weightsmith ls`; there are"))
+        raise MethodError(
+            f"no method matches `{pattern}`", hint=nearest(pattern, names, what="see `weightsmith ls`; there are")
+        )
     rows = [(card["id"], card["kind"], card["status"], card["summary"]) for card in found]
     _table(("method", "kind", "status", "what it does"), rows, format, found)
 
@@ -176,7 +186,10 @@ def diff(a: str, b: str, *, format: Format = "human", allow_mismatch: bool = Fal
     from weightsmith.core.pipeline import difference
 
     table = difference(_open(a), _open(b), allow_mismatch=allow_mismatch, progress=_steps("comparing"))
-    rows = [(r["role"], str(len(r["layers"])), f"{r['relative_change']:.2e}", f"{r['cosine']:.6f}", f"{r['changed']:.1%}") for r in table]
+    rows = [
+        (r["role"], str(len(r["layers"])), f"{r['relative_change']:.2e}", f"{r['cosine']:.6f}", f"{r['changed']:.1%}")
+        for r in table
+    ]
     _table(("role", "layers", "relative change", "cosine", "elements changed"), rows, format, table)
 
 
@@ -222,7 +235,9 @@ def run(
     if not quiet:
         _show_plan(planned, "human", None, file=sys.stderr)
     with _bar(progress and not quiet, planned.nbytes) as moved:
-        result = pipeline.run(overwrite=overwrite, resume=resume, digest=digest, jobs=jobs, progress=moved, say=_say(quiet))
+        result = pipeline.run(
+            overwrite=overwrite, resume=resume, digest=digest, jobs=jobs, progress=moved, say=_say(quiet)
+        )
     if format == "json":
         print(json.dumps(result, indent=2, default=str))
     else:
@@ -231,7 +246,7 @@ def run(
 
 
 @app.command
-def convert(checkpoint: str, out: str, *, writing: Writing = Writing()) -> None:  # noqa: B008
+def convert(checkpoint: str, out: str, *, writing: Writing = Writing()) -> None:
     """Convert a checkpoint to safetensors that transformers loads.
 
     Parameters
@@ -249,9 +264,7 @@ def convert(checkpoint: str, out: str, *, writing: Writing = Writing()) -> None:
 
 
 @app.command(name="eval")
-def evaluate(
-    checkpoint: str, *, on: str, samples: int = 16, length: int = 512, format: Format = "human"
-) -> None:
+def evaluate(checkpoint: str, *, on: str, samples: int = 16, length: int = 512, format: Format = "human") -> None:
     """Measure a language model's perplexity on text.
 
     Parameters
@@ -273,7 +286,9 @@ def evaluate(
 
 
 @app.command
-def claim(method: str = "*", *, seeds: int = 3, list_: Annotated[bool, Parameter(name="--list", negative=())] = False) -> None:
+def claim(
+    method: str = "*", *, seeds: int = 3, list_: Annotated[bool, Parameter(name="--list", negative=())] = False
+) -> None:
     """Try what a method's paper claims, on this machine.
 
     Parameters
@@ -303,10 +318,8 @@ def report(run: str, *, out: Annotated[str | None, Parameter(name=["--out", "-o"
     """
     from weightsmith.core.report import Report
 
-    path = Path(run, "report.jsonl") if Path(run).is_dir() else Path(run)
-    if not path.is_file():
-        raise InputError("there is no record here", where=run, hint="give the `report.jsonl` of a run")
-    print(Report.load(path).html(out or path.with_suffix(".html")))
+    loaded = Report.load(run)
+    print(loaded.html(out or loaded.path.with_suffix(".html")))
 
 
 @app.command
@@ -376,7 +389,9 @@ def _run_method(
     card: dict[str, Any], inputs: list[str], base: str | None, writing: Writing, data: Data, values: dict[str, Any]
 ) -> None:
     if not inputs:
-        raise InputError("no checkpoint given", where=card["id"], hint=f"weightsmith {card['family']} {card['name']} MODEL -o OUT")
+        raise InputError(
+            "no checkpoint given", where=card["id"], hint=f"weightsmith {card['family']} {card['name']} MODEL -o OUT"
+        )
     from weightsmith.core.pipeline import apply_method, read_measure
 
     models = [_open(path, writing.allow_pickle) for path in inputs]
@@ -434,7 +449,9 @@ def _show_plan(planned: Any, format: str, ending: str | None, file: Any = None) 
     if planned.tensors:
         shards = f"{len(planned.tasks)} shard" + ("s" if len(planned.tasks) != 1 else "")
         print(f"  writes   {planned.tensors} tensors  {human(planned.nbytes)}, {shards}", file=out)
-    print(f"  memory   about {human(planned.peak + 200e6)} at the peak    time  about {planned.seconds:.0f} s", file=out)
+    print(
+        f"  memory   about {human(planned.peak + 200e6)} at the peak    time  about {planned.seconds:.0f} s", file=out
+    )
     for warning in planned.warnings:
         print(f"  warning  {warning}", file=out)
     if ending:
@@ -482,7 +499,14 @@ def _bar(wanted: bool, total: int) -> Any:
     @contextmanager
     def bar() -> Any:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
         columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -498,7 +522,12 @@ def _steps(what: str, wanted: bool = True) -> Callable[[int, int, str], None] | 
         return None
 
     def step(done: int, total: int, name: str = "") -> None:
-        print(f"\r\x1b[K{what}  {done}/{total}  {_clean(name)[:60]}", end="\n" if done >= total else "", file=sys.stderr, flush=True)
+        print(
+            f"\r\x1b[K{what}  {done}/{total}  {_clean(name)[:60]}",
+            end="\n" if done >= total else "",
+            file=sys.stderr,
+            flush=True,
+        )
 
     return step
 
@@ -517,7 +546,9 @@ def _indexed(method: str) -> dict[str, Any]:
     found = [card for key, card in index().items() if method in (key, card["name"])]
     if not found:
         names = index() if "." in method else {card["name"] for card in index().values()}
-        raise MethodError(f"unknown method `{method}`", hint=nearest(method, names, what="see `weightsmith ls`; there are"))
+        raise MethodError(
+            f"unknown method `{method}`", hint=nearest(method, names, what="see `weightsmith ls`; there are")
+        )
     if len(found) > 1:
         raise MethodError(f"several methods are called `{method}`", hint=" or ".join(f"`{c['id']}`" for c in found))
     return found[0]
@@ -562,6 +593,7 @@ def _lineage(node: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line and exit with 0, 1 (the run failed) or 2 (the input is wrong)."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not burn a busy machine's cores
     try:
         if words[:1] and words[0] in VERBS:
             _add_methods(words)
@@ -587,8 +619,8 @@ def _add_methods(words: list[str]) -> None:
     if len(words) > 1 and not words[1].startswith("-") and words[1] not in cards:
         hint = nearest(words[1], cards, what=f"`weightsmith {family}` knows")
         raise MethodError(f"unknown method `{words[1]}`", where=f"weightsmith {family}", hint=hint)
-    for name, card in cards.items():
-        app[family].command(_method_command(card), name=name)
+    for name in cards.keys() - set(app[family]):
+        app[family].command(_method_command(cards[name]), name=name)
 
 
 def _fail(message: str, code: int) -> None:

@@ -4,7 +4,7 @@ import math
 from typing import Annotated
 
 import torch
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Interval
 from jaxtyping import Float
 from torch import Generator, Tensor
 from torch.nn import functional
@@ -30,13 +30,14 @@ class lora:
         alpha: the change is scaled by alpha / rank, section 4.1; PEFT's `lora_alpha`.
 
     Example:
-        >>> lora(rank=1, alpha=2.0).decode(torch.zeros(2, 2), a=torch.tensor([[1.0, 2.0]]), b=torch.tensor([[1.0], [0.0]]))
+        >>> a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0], [0.0]])
+        >>> lora(rank=1, alpha=2.0).decode(torch.zeros(2, 2), a=a, b=b)
         tensor([[2., 4.],
                 [0., 0.]])
     """
 
     rank: Annotated[int, Ge(1)] = 8
-    alpha: Annotated[float, Gt(0)] = 16.0
+    alpha: Annotated[float, Interval(gt=0, le=1e6)] = 16.0
 
     peft = "LORA"
 
@@ -52,4 +53,5 @@ class lora:
 
     def linear(self, x: Float[Tensor, "... in"], w: Float[Tensor, "out in"], a: Tensor, b: Tensor) -> Tensor:
         y, h = functional.linear(x, w), functional.linear(x, a)
-        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.T, alpha=self.alpha / self.rank).view(y.shape)
+        rows = y.reshape(-1, y.shape[-1])
+        return torch.addmm(rows, h.reshape(-1, h.shape[-1]), b.T, alpha=self.alpha / self.rank).reshape(y.shape)

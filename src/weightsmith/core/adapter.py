@@ -49,32 +49,32 @@ def description(adapter: Weights) -> dict[str, Any]:
         InputError: these Weights are not an adapter.
         FormatError: the description is damaged.
     """
+    where = adapter.origin.path
+    if KEY not in adapter.origin.metadata:
+        hint = "give the folder of an adapter, or what `theta(model)` returns"
+        raise InputError("not an adapter: it does not say which method made it", where=where, hint=hint)
     try:
         found = json.loads(adapter.origin.metadata[KEY])
-        groups = found["forms"]
-        if all(isinstance(g["method"], str) and isinstance(g["with"], dict) and g["weights"] == [*map(str, g["weights"])]
-               for g in groups):  # fmt: skip
-            return found
-    except KeyError:
-        if KEY not in adapter.origin.metadata:
-            raise InputError("not an adapter: it does not say which method made it", where=adapter.origin.path,
-                             hint="give the folder of an adapter, or what `theta(model)` returns") from None  # fmt: skip
-    except (ValueError, TypeError):
-        pass
-    raise FormatError("the adapter's description is damaged", where=adapter.origin.path)
+        sound = all(isinstance(g["method"], str) and dict(g["with"]) == g["with"] for g in found["forms"])
+        sound = sound and all(isinstance(name, str) for g in found["forms"] for name in g["weights"])
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise FormatError("the adapter's description is damaged", where=where)
+    return found
 
 
 def forms(adapter: Weights) -> dict[str, Any]:
-    """Weight name -> the parametrization an adapter was made with.
+    """Weight name -> the parametrization an adapter was made with, for the weights it holds tensors of.
 
     Raises:
         InputError: these Weights are not an adapter, or of a method that is not here.
     """
-    made = {}
+    made, held = {}, thetas(adapter)
     for group in description(adapter)["forms"]:
         method = card(group["method"])
         form = method.function(**method.validate(group["with"], where=adapter.origin.path))
-        made |= dict.fromkeys(group["weights"], form)
+        made |= dict.fromkeys((name for name in group["weights"] if name in held), form)
     return made
 
 
@@ -115,8 +115,8 @@ def finite(w: "Tensor", name: str) -> "Tensor":
     if not math.isfinite(float(w.detach().sum(dtype=torch.float32))):
         bad = int((~torch.isfinite(w)).sum())
         if bad:
-            raise NonFiniteError(f"baking makes {bad} values of `{name}` NaN or infinite",
-                                 hint="training has diverged: lower the learning rate, or bake an earlier state")  # fmt: skip
+            hint = "training has diverged: lower the learning rate, or bake an earlier state"
+            raise NonFiniteError(f"baking makes {bad} values of `{name}` NaN or infinite", hint=hint)
     return w
 
 
@@ -162,13 +162,16 @@ def fit(adapter: Weights, specs: Mapping[str, Spec], *, ties: Mapping[str, str] 
             w = torch.empty(specs[name].shape, device="meta")
             try:
                 decode(made[name], w, theta, **traits(made[name]))
-            except (RuntimeError, TypeError):
+            except (IndexError, RuntimeError, TypeError, ValueError):
                 shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in theta.items())
                 bad.append(f"`{name}` is {list(w.shape)}, which {shapes} do not fit")
-    bad += [f"no tensors for `{name}` in the adapter" for name in made if name not in found]
     if bad:
-        raise MismatchError(f"the adapter is for another model\n{first_few(bad)}", where=adapter.origin.path,
-                            hint=nearest(missing, specs) if missing else "give the model it was trained on")  # fmt: skip
+        hint = "give the model it was trained on"
+        if missing:
+            ends = (name for name in specs if f".{name}".endswith(f".{missing}") or f".{missing}".endswith(f".{name}"))
+            same = next(ends, None)
+            hint = f"the model has `{same}`: perhaps another class of it" if same else nearest(missing, specs)
+        raise MismatchError(f"the adapter is for another model\n{first_few(bad)}", where=adapter.origin.path, hint=hint)
 
 
 class Baked(Weights):

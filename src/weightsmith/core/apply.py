@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import InputError, MethodError, MismatchError, NonFiniteError, nearest
 from weightsmith.core.method import NEEDS, STATISTICS, Card, Streamed, card, fast_path
-from weightsmith.core.weights import TILE, Origin, Spec, Weights, agree, any_match, matches
+from weightsmith.core.weights import TILE, Origin, Spec, View, Weights, agree, any_match, matches
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +117,9 @@ def _check_needs(about: Card, base: Weights | None, stats: Mapping[str, Weights]
             raise MethodError(f"it needs `{need}`: {NEEDS[need]}", where=about.id, hint=hint)
     for name in stats:
         if name not in about.needs:
-            raise MethodError(f"it does not use `{name}`", where=about.id, hint=nearest(name, about.needs, what="it needs"))
+            raise MethodError(
+                f"it does not use `{name}`", where=about.id, hint=nearest(name, about.needs, what="it needs")
+            )
 
 
 class Applied(Weights):
@@ -168,7 +170,11 @@ class Applied(Weights):
 
     def lineage(self, identify: Callable[[str], str]) -> dict[str, Any]:
         shown = {"with": self.hyper, "where": self.where, "exclude": self.exclude, "seed": self.seed}
-        made = {"method": self.id, "paper": self.card.paper, **{k: v for k, v in shown.items() if v not in ((), {}, "*")}}
+        made = {
+            "method": self.id,
+            "paper": self.card.paper,
+            **{k: v for k, v in shown.items() if v not in ((), {}, "*")},
+        }
         made["from"] = [model.lineage(identify) for model in self.models]
         if self.base is not None:
             made["base"] = self.base.lineage(identify)
@@ -202,7 +208,10 @@ class Applied(Weights):
     def decided(self) -> Mapping[str, Any]:
         """The hyperparameters after what the method decides over all tensors together, which may read them."""
         decide = getattr(self.card.function, "decide", None)
-        return decide(self.models[0], self.stats, self.hyper) if decide else self.hyper
+        if decide is None:
+            return self.hyper
+        touched = View(self.models[0], {name: name for name in self._names if name not in self.untouched})
+        return decide(touched, self.stats, self.hyper)
 
     def values(self, name: str) -> dict[str, Any]:
         """The hyperparameters for one tensor: decisions, depth lists and maps resolved."""
@@ -283,7 +292,9 @@ class Applied(Weights):
         """The method's arguments for a whole tensor."""
         models = [] if self.card.unit == "spec" else [get(model) for model in self.models]
         base = get(self.base) if "base" in self.card.needs and self.base is not None else None
-        return self._bind(models, base, name, "whole", lambda need: get(self.stats[need]) if need in self.stats else None)
+        return self._bind(
+            models, base, name, "whole", lambda need: get(self.stats[need]) if need in self.stats else None
+        )
 
     def _bind(
         self, models: list["Tensor"], base: "Tensor | None", name: str, part: int | str, stat: Callable[[str], Any]
@@ -361,7 +372,9 @@ def _keeps_shape(method: str) -> bool:
     unit = hints.get(about.unit)
     unit = typing.get_args(unit)[0] if about.unit == "ws" else unit
     result = hints.get("return", inspect.Signature.empty)
-    return getattr(unit, "dim_str", None) is not None and getattr(unit, "dim_str", "") == getattr(result, "dim_str", None)
+    return getattr(unit, "dim_str", None) is not None and getattr(unit, "dim_str", "") == getattr(
+        result, "dim_str", None
+    )
 
 
 __all__ = ["TILE", "Applied", "apply", "generator", "resolve"]

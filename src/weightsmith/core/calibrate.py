@@ -9,7 +9,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -121,9 +121,6 @@ def sequential(
     Raises:
         InputError: no data, nothing to change, or a statistic that takes gradients.
     """
-    for need in needs:
-        if need not in ("act_norm", "gram"):
-            raise InputError(f"`{need}` is not measured while the model changes", hint="use one of `act_norm`, `gram`")
     _change(model, _listed(batches), _targets(model, where), change, needs, precision, progress)
 
 
@@ -225,24 +222,35 @@ def live(weights: Weights, dtype: torch.dtype = torch.float32) -> nn.Module:
         import transformers
     except ImportError:
         raise InputError("a live model takes transformers", where=where, hint='pip install "weightsmith[hf]"') from None
-    names = config.get("architectures") or ()
-    kind = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
-    if kind is None:
+    named = [getattr(transformers, str(name), None) for name in config.get("architectures") or ()]
+    models = [m for m in named if isinstance(m, type) and issubclass(m, transformers.PreTrainedModel)]
+    if not models or "model_type" not in config:
         raise InputError(
-            f"no model class for architectures = {list(names)}",
+            f"no model class for architectures = {config.get('architectures')}",
             where=where,
-            hint="the config.json beside the weights has to name a class of transformers",
+            hint="the config.json beside the weights has to name a class of transformers and its model_type",
         )
+    kind = models[0]
     for key in ("quantization_config", "dtype", "torch_dtype"):
         config.pop(key, None)
+    tensors = {name: weights.read(name) for name in weights}
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     with quiet():
-        made = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
-        tensors = {name: weights.read(name) for name in weights}
-        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-        model, report = kind.from_pretrained(
-            None, config=made, state_dict=tensors, dtype=dtype, output_loading_info=True, attn_implementation="sdpa"
-        )
-    wrong = [f"{what.removesuffix('_keys')}: {key}" for what, keys in report.items() for key in keys]
+        try:
+            made = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+            model, report = kind.from_pretrained(
+                None,
+                config=made,
+                state_dict=tensors,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"transformers cannot build {kind.__name__} from this config: {error}", where=where
+            ) from error
+    wrong = [f"{what.removesuffix('_keys')}: {_shown(key)}" for what, keys in report.items() for key in keys]
     if wrong:
         raise MismatchError(
             f"the checkpoint does not fit {kind.__name__}\n{first_few(wrong)}",
@@ -250,6 +258,17 @@ def live(weights: Weights, dtype: torch.dtype = torch.float32) -> nn.Module:
             hint="see `weightsmith inspect`; is config.json this checkpoint's own?",
         )
     return model.eval()
+
+
+def _shown(key: Any) -> str:
+    """A key of transformers' loading report; of a mismatch, with both shapes."""
+    return (
+        key
+        if isinstance(key, str)
+        else ", ".join(
+            str(list(part) if isinstance(part, Sequence) and not isinstance(part, str) else part) for part in key
+        )
+    )
 
 
 @contextmanager
@@ -393,7 +412,10 @@ class _Inputs:
             self._mask = None
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, args: self.see(name, module, args[0])
+        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.see(name, module, args[0])
+
+        return look
 
     def see(self, name: str, module: nn.Module, x: Tensor) -> _Sums:
         """Count a layer's input; the sums over this input alone."""
@@ -748,4 +770,5 @@ def _keep(weights: Weights, file: str, statistic: Weights) -> None:
             os.replace(draft, folder / file)
             return
         except OSError:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)

@@ -104,13 +104,13 @@ def _resolvable(hyper: Mapping[str, Any]) -> dict[str, Any]:
     return {"anyOf": [*either, by_glob], "default": hyper["default"], "description": hyper["help"]}
 
 
-def generate(package: Path = PACKAGE, root: Path = ROOT) -> dict[Path, str]:
+def generate() -> dict[Path, str]:
     """Everything generated: file -> text."""
-    entries, folder = index(), root / "docs" / "methods"
+    entries, folder = index(), ROOT / "docs" / "methods"
     pages = {folder / card.family / f"{card.name}.md": page(card, entries[card.id]) for card in methods()}
     return {
-        package / "_index.json": _json(entries),
-        package / "recipe.schema.json": _json(recipe_schema(entries)),
+        PACKAGE / "_index.json": _json(entries),
+        PACKAGE / "recipe.schema.json": _json(recipe_schema(entries)),
         folder / "index.md": contents(entries),
         **pages,
     }
@@ -120,10 +120,10 @@ def _json(data: Any) -> str:
     return json.dumps(data, indent=1, ensure_ascii=False) + "\n"
 
 
-def stale(package: Path = PACKAGE, root: Path = ROOT) -> dict[Path, str | None]:
+def stale() -> dict[Path, str | None]:
     """Generated files that are not what they should be -> what they should be, None where there should be none."""
-    wanted = generate(package, root)
-    left = {file for file in (root / "docs" / "methods").rglob("*.md") if file not in wanted}
+    wanted = generate()
+    left = {file for file in (ROOT / "docs" / "methods").rglob("*.md") if file not in wanted}
     wrong = {file: text for file, text in wanted.items() if not file.is_file() or file.read_text("utf-8") != text}
     return {**dict.fromkeys(sorted(left)), **wrong}
 

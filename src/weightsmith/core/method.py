@@ -196,8 +196,10 @@ class Card:
     def matrix_only(self) -> bool:
         """Whether it asks for a matrix, "out in", rather than a tensor of any shape."""
         target = self.function.encode if self.kind == "parametrization" else self.function
-        annotation = typing.get_type_hints(target, include_extras=True).get(self.unit)
-        return str(getattr(annotation, "dim_str", "")).split() == ["out", "in"]
+        subject = "return" if self.unit == "spec" else self.unit
+        annotation = typing.get_type_hints(target, include_extras=True).get(subject)
+        annotation = next(iter(typing.get_args(annotation)), annotation) if self.unit == "ws" else annotation
+        return str(getattr(annotation, "dim_str", "")).split()[:2] == ["out", "in"]
 
     @cached_property
     def several(self) -> frozenset[str]:

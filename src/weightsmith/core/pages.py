@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Mapping
+from inspect import signature
 from typing import Any
 
 from pydantic_core import to_jsonable_python
@@ -142,11 +143,12 @@ def uses(card: Card, example: str = "") -> Iterable[tuple[str, str]]:
         yield "pycon", example
     hyper = {n: h.default for n, h in card.hyperparameters.items() if isinstance(h.default, int | float | str)}
     hyper = {n: v for n, v in list(hyper.items())[:2] if v != ""}
-    if card.family in COMMANDS and card.unit in ("w", "ws", "models", "spec") and card.kind != "parametrization":
+    adapts = card.kind == "parametrization" and "w" in signature(card.function.decode).parameters
+    if card.family in COMMANDS and card.unit in ("w", "ws", "models", "spec") and not adapts:
         yield "console", "$ " + _shell(card, hyper)
-    if card.kind == "parametrization":
+    if adapts:
         yield "python", _attaching(card, hyper)
-    elif card.kind == "op" and card.unit != "model":
+    elif card.kind != "measure" and card.unit != "model":
         yield "python", _applying(card, hyper)
         yield "yaml", _recipe(card, hyper)
 

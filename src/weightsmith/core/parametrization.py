@@ -125,9 +125,12 @@ class LazyWeight(Tensor):
         if func in _FREE:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func.__name__.endswith("_") and not func.__name__.endswith("__") and isinstance(args[0], LazyWeight):
-            raise MethodError(f"`{func.__name__}` would be lost: the weight is computed from theta",
-                              where=args[0].adapter.name, hint="bake(model) first")  # fmt: skip
+        if func in _IN_PLACE and isinstance(args[0], LazyWeight):
+            raise MethodError(
+                f"`{func.__name__}` would be lost: the weight is computed from theta",
+                where=args[0].adapter.name,
+                hint="bake(model) first",
+            )
         args, kwargs = tree_map(_decoded, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -137,6 +140,9 @@ _FREE = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "is_meta", "is_cuda")),
 }  # fmt: skip
 """What can be asked of a lazy weight without decoding it."""
+
+_IN_PLACE = {getattr(Tensor, name) for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")}
+"""What would change a decoded weight that is thrown away."""
 
 
 def _decoded(x: Any) -> Any:
@@ -229,15 +235,19 @@ def bake(model: nn.Module) -> nn.Module:
 
 
 def theta(model: nn.Module) -> Memory:
-    """What is attached to a live model, as Weights named `<parameter name>.<theta key>`: all that an adapter's file holds.
+    """What is attached to a live model, as Weights named `<parameter name>.<theta key>`: a copy.
+
+    Under FSDP2 the shards are gathered, so every rank has to call it.
 
     Raises:
         MethodError: nothing is attached.
     """
     slots = _attached(model)
-    tensors = {f"{name}.{key}": v.detach() for name, slot in slots.items() for key, v in slot.adapter.theta.items()}
-    modules = {name: [parametrize.type_before_parametrizations(slot.module).__name__, *slot.parameter.shape[2:]]
-               for name, slot in slots.items()}  # fmt: skip
+    tensors = {f"{n}.{key}": _whole(v) for n, slot in slots.items() for key, v in slot.adapter.theta.items()}
+    modules = {
+        name: [parametrize.type_before_parametrizations(slot.module).__name__, *slot.parameter.shape[2:]]
+        for name, slot in slots.items()
+    }
     made = {name: slot.adapter.form for name, slot in slots.items()}
     return Memory(tensors, described(made, seed=next(iter(slots.values())).adapter.seed, modules=modules))
 
@@ -255,7 +265,7 @@ def load_theta(model: nn.Module, adapter: Weights) -> nn.Module:
     slots, made = _slots(model), forms(adapter)
     attached = {name: slot for name, slot in slots.items() if slot.adapter}
     fit(adapter, _specs(model, slots))
-    starts = {name: {key: adapter.read(tensor) for key, tensor in keys.items()} for name, keys in thetas(adapter).items()}
+    starts = {name: {key: adapter.read(at) for key, at in keys.items()} for name, keys in thetas(adapter).items()}
     if not attached:
         _refuse_tied(slots, starts)
         seed = int(description(adapter).get("seed", 0))
@@ -266,8 +276,10 @@ def load_theta(model: nn.Module, adapter: Weights) -> nn.Module:
         if here != made[name]:
             bad.append(f"`{name}`: {here} here, {made[name]} in the adapter")
     if bad:
-        raise MismatchError(f"the adapter does not go with what is attached\n{first_few(bad)}", where=adapter.origin.path,
-                            hint="load it into the plain model: load_theta attaches what it needs")  # fmt: skip
+        says = f"the adapter does not go with what is attached\n{first_few(bad)}"
+        raise MismatchError(
+            says, where=adapter.origin.path, hint="load it into the plain model: load_theta attaches what it needs"
+        )
     with torch.no_grad():
         for name, keys in starts.items():
             for key, value in keys.items():
@@ -283,6 +295,11 @@ def trainable(model: nn.Module) -> tuple[int, int]:
 
 _TRAINABLE = "_weightsmith_trainable"
 """Attribute of a model: the names of the parameters that trained before the first attach."""
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A copy of a tensor, gathered if it is sharded."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
 
 
 def _slots(model: nn.Module) -> dict[str, Slot]:
@@ -319,24 +336,26 @@ def _choose(
     about: Card, slots: Mapping[str, Slot], specs: Mapping[str, Spec], where: str, exclude: str | tuple[str, ...]
 ) -> list[str]:
     """The names to attach to, in the model's order."""
-    for glob in where.split("|"):
+    excluded = (exclude,) if isinstance(exclude, str) else exclude
+    for glob in "|".join((where, *excluded)).split("|"):
         if not any(matches(spec, glob) for spec in specs.values()):
-            weight = f"did you mean `{glob}.weight`?" if any(matches(s, f"{glob}.weight") for s in specs.values()) else ""
-            roles = {spec.role for spec in specs.values()}
-            raise MethodError(f"`{glob}` matches no parameter", where=about.id,
-                              hint=weight or nearest(glob, {*specs, *roles}, what="there are"))  # fmt: skip
+            is_module = any(matches(spec, f"{glob}.weight") for spec in specs.values())
+            hint = nearest(glob, {*specs, *(spec.role for spec in specs.values())}, what="there are")
+            hint = f"did you mean `{glob}.weight`?" if is_module else hint
+            raise MethodError(f"`{glob}` matches no parameter", where=about.id, hint=hint)
     wanted = about.roles if where == "*" else where
     chosen = [name for name, spec in specs.items() if matches(spec, wanted) and not any_match(spec, exclude)]
     fits = [n for n in chosen if specs[n].computable and (len(specs[n].shape) > 1 or not about.matrix_only)]
     if not fits:
         kinds = sorted({spec.role for spec in specs.values() if len(spec.shape) > 1})
-        raise MethodError(f"no parameter to attach to: `{wanted}` matches {len(chosen)}, none of them a matrix of floats",
-                          where=about.id, hint=f"the matrices have the roles {', '.join(kinds)}")  # fmt: skip
+        says = f"no parameter to attach to: `{wanted}` matches {len(chosen)}, none of them a matrix of floats"
+        raise MethodError(says, where=about.id, hint=f"the matrices have the roles {', '.join(kinds)}")
     for name in fits:
         if slots[name].adapter or slots[name].foreign:
             there = slots[name].adapter.form if slots[name].adapter else "a parametrization of torch's"
-            raise MethodError(f"`{name}` has {there} already", where=about.id,
-                              hint="bake(model) first, or leave it out with exclude=")  # fmt: skip
+            raise MethodError(
+                f"`{name}` has {there} already", where=about.id, hint="bake(model) first, or leave it out with exclude="
+            )
     _refuse_tied(slots, fits)
     return fits
 
@@ -349,8 +368,8 @@ def _refuse_tied(slots: Mapping[str, Slot], chosen: Iterable[str]) -> None:
         names.setdefault(id(slot.parameter), []).append(name)
     for aliases in names.values():
         if chosen.intersection(aliases) and not chosen.issuperset(aliases):
-            raise MethodError(f"one tied parameter has the names {' and '.join(f'`{a}`' for a in aliases)}",
-                              hint=f"name them all: where={'|'.join(aliases)!r}, or leave it out with exclude=")  # fmt: skip
+            hint = f"name them all: where={'|'.join(aliases)!r}, or leave it out with exclude="
+            raise MethodError(f"one tied parameter has the names {' and '.join(f'`{a}`' for a in aliases)}", hint=hint)
 
 
 def _configured(about: Card, form: Any, spec: Spec) -> Any:
@@ -359,8 +378,9 @@ def _configured(about: Card, form: Any, spec: Spec) -> Any:
     values = about.validate(values, where=spec.name)
     matrix = (spec.shape[0], spec.numel // spec.shape[0]) if about.matrix_only else spec.shape
     if about.matrix_only and values.get("rank", 0) > min(matrix):
-        raise MethodError(f"rank = {values['rank']} is above what a {matrix[0]} x {matrix[1]} matrix can have",
-                          where=spec.name, hint=f"take rank {min(matrix)} at most, or leave it out with exclude=")  # fmt: skip
+        says = f"rank = {values['rank']} is above what a {matrix[0]} x {matrix[1]} matrix can have"
+        hint = f"take rank {min(matrix)} at most, or leave it out with exclude="
+        raise MethodError(says, where=spec.name, hint=hint)
     return about.function(**values)
 
 
@@ -391,7 +411,7 @@ def _install(
         parametrize.register_parametrization(module, key, adapter, unsafe=True)
         module.parametrizations[key] = chains.setdefault(id(parameter), module.parametrizations[key])
         if not adapter.traits["keeps"]:
-            parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
+            _forget_original(module.parametrizations[key])
     if any(card(form).trains == "theta" for form in chosen.values()):
         training = set()
         for slot in _attached(model).values():
@@ -400,6 +420,26 @@ def _install(
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in training)
     return model
+
+
+def _forget_original(chain: parametrize.ParametrizationList) -> None:
+    """Keep only the shape of a weight that theta replaces, in memory and in state dicts."""
+    _shrink(chain)
+    chain.register_state_dict_post_hook(_leave_out)
+    chain.register_load_state_dict_pre_hook(_put_in)
+    chain.register_load_state_dict_post_hook(_shrink)
+
+
+def _shrink(chain: nn.Module, *_: Any) -> None:
+    chain.original.data = chain.original.data.new_zeros(()).expand(chain.original.shape)
+
+
+def _leave_out(chain: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    del state[f"{prefix}original"]
+
+
+def _put_in(chain: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    chain.original.data = state[f"{prefix}original"] = chain.original.data.contiguous()
 
 
 def _own_class(module: nn.Module, without: str = "") -> None:

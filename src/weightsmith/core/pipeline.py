@@ -15,7 +15,7 @@ from weightsmith.core.formats import safetensors
 from weightsmith.core.method import STATISTICS, get
 from weightsmith.core.plan import Plan, staging
 from weightsmith.core.plan import plan as plan_of
-from weightsmith.core.recipe import Recipe, Step
+from weightsmith.core.recipe import Recipe, Step, load
 from weightsmith.core.run import Progress, save
 from weightsmith.core.weights import Spec, Weights, agree, matches
 from weightsmith.core.weights import open as open_weights
@@ -78,7 +78,9 @@ class Pipeline:
                 current = models[0]
                 measured.append({"method": about.id, **step.with_})
             else:
-                current = apply(about.id, models, base=base, stats={**promised, **_files(step)}, **_options(step), **step.with_)
+                current = apply(
+                    about.id, models, base=base, stats={**promised, **_files(step)}, **_options(step), **step.with_
+                )
             results[step.as_ or "previous"] = current
         planned = plan_of(self._typed(current), shards=self.recipe.write.shards if self.recipe.write else "5GB")
         if self.recipe.write is None:
@@ -103,9 +105,13 @@ class Pipeline:
         from weightsmith.core.report import Report
 
         write = self.recipe.write
-        record = Path(self.recipe.report or (f"{write.to}.report.html" if write else "report.html")).with_suffix(".jsonl")
+        record = Path(self.recipe.report or (f"{write.to}.report.html" if write else "report.html")).with_suffix(
+            ".jsonl"
+        )
         if write and Path(write.to).exists() and not overwrite:
-            raise InputError("there is something here already", where=write.to, hint="add `--overwrite`, or write elsewhere")
+            raise InputError(
+                "there is something here already", where=write.to, hint="add `--overwrite`, or write elsewhere"
+            )
         report = Report(record, title=f"Recipe: {', '.join(step.use for step in self.recipe.steps)}")
         report.add("run", recipe=self.recipe.resolved(), versions={"weightsmith": __version__})
         work = staging(Path(write.to if write else record)).with_suffix(".steps")
@@ -127,11 +133,15 @@ class Pipeline:
                 **({"samples": text.samples, "length": text.length} if text else {}),
             }  # fmt: skip
             if step.calibrate and resume:
-                current = self._kept(work / f"{number}", models, base, step, lambda m=models, a=arguments: apply_method(about.id, m, **a))
+                current = self._kept(
+                    work / f"{number}", models, base, step, lambda m=models, a=arguments: apply_method(about.id, m, **a)
+                )
             else:
                 current = apply_method(about.id, models, **arguments)
             results[step.as_ or "previous"] = current
-            report.add("step", name=name, method=about.id, settings=step.with_, inputs=[m.origin.path or "" for m in models])
+            report.add(
+                "step", name=name, method=about.id, settings=step.with_, inputs=[m.origin.path or "" for m in models]
+            )
         if write:
             path = save(
                 self._typed(current), write.to, shards=write.shards, overwrite=overwrite, resume=resume, digest=digest,
@@ -144,31 +154,51 @@ class Pipeline:
         shutil.rmtree(work, ignore_errors=True)
         return told
 
-    def _measured(self, step: Step, name: str, models: list[Weights], base: Weights | None, report: Any) -> dict[str, Any]:
+    def _measured(
+        self, step: Step, name: str, models: list[Weights], base: Weights | None, report: Any
+    ) -> dict[str, Any]:
         about = get(step.use)
         text = {"text": step.data.text, "samples": step.data.samples, "length": step.data.length} if step.data else {}
         rows = read_measure(about.id, models, base=base, where=step.where, **text, **step.with_)
         if len(rows) == 1 and isinstance(rows[0].get(about.name), float):
-            report.add("score", step=name, metric=about.name, on=step.data.text if step.data else "", value=rows[0][about.name])
+            report.add(
+                "score", step=name, metric=about.name, on=step.data.text if step.data else "", value=rows[0][about.name]
+            )
             return {name: rows[0][about.name]}
         report.add("note", title=name, text=json.dumps(rows[:100], default=str))
         return {name: f"{len(rows)} tensors, in the report"}
 
-    def _kept(self, folder: Path, models: list[Weights], base: Weights | None, step: Step, make: Callable[[], Weights]) -> Weights:
+    def _kept(
+        self, folder: Path, models: list[Weights], base: Weights | None, step: Step, make: Callable[[], Weights]
+    ) -> Weights:
         """The result of a step that a live model took part in, kept on disk so that a killed run goes on after it."""
         inputs = [m.lineage(safetensors.fingerprint) for m in (*models, *((base,) if base else ()))]
-        digest = hashlib.blake2b(json.dumps([__version__, inputs, step.model_dump()], default=str).encode(), digest_size=8)
+        digest = hashlib.blake2b(
+            json.dumps([__version__, inputs, step.model_dump()], default=str).encode(), digest_size=8
+        )
         out = folder.with_name(f"{folder.name}-{digest.hexdigest()}")
         if not out.exists():
             save(make(), out, digest=False)
         return open_weights(out)
 
-    def _inputs(self, step: Step, results: Mapping[str, Weights], current: Weights) -> tuple[list[Weights], Weights | None]:
+    def _inputs(
+        self, step: Step, results: Mapping[str, Weights], current: Weights
+    ) -> tuple[list[Weights], Weights | None]:
         names = [step.from_] if isinstance(step.from_, str) else step.from_
         return [results[n] for n in names] if names else [current], results[step.base] if step.base else None
 
     def _typed(self, weights: Weights) -> Weights:
         return weights.astype(self.recipe.write.dtype) if self.recipe.write and self.recipe.write.dtype else weights
+
+
+def run(recipe: str | Path, **options: Any) -> dict[str, Any]:
+    """Run a recipe file.
+
+    Args:
+        recipe: YAML file.
+        **options: as for `Pipeline.run`.
+    """
+    return Pipeline(load(recipe)).run(**options)
 
 
 def _options(step: Step) -> dict[str, Any]:
@@ -231,7 +261,9 @@ def perplexity_on(weights: Weights, text: str, *, samples: int = 16, length: int
     from weightsmith.core.calibrate import live
     from weightsmith.core.text import chunks
 
-    return float(get("measure.perplexity").function(live(weights), chunks(weights, text, samples=samples, length=length)))
+    return float(
+        get("measure.perplexity").function(live(weights), chunks(weights, text, samples=samples, length=length))
+    )
 
 
 def read_measure(
@@ -255,7 +287,9 @@ def read_measure(
     checked = about.validate(values)
     if about.unit == "model":
         if text is None:
-            raise MethodError("it needs text", where=about.id, hint="`--evaluate TEXT`, or `data: {text: TEXT}` in a recipe")
+            raise MethodError(
+                "it needs text", where=about.id, hint="`--evaluate TEXT`, or `data: {text: TEXT}` in a recipe"
+            )
         return [{about.name: perplexity_on(models[0], text, samples=samples, length=length)}]
     if "base" in about.needs and base is None:
         raise MethodError("it needs a base to compare with", where=about.id, hint="add `--base MODEL`")
@@ -280,7 +314,9 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def difference(a: Weights, b: Weights, *, allow_mismatch: bool = False, progress: Steps | None = None) -> list[dict[str, Any]]:
+def difference(
+    a: Weights, b: Weights, *, allow_mismatch: bool = False, progress: Steps | None = None
+) -> list[dict[str, Any]]:
     """What changed from `a` to `b`, tensor by tensor and summed up per role: a streaming comparison.
 
     Returns:
@@ -309,5 +345,3 @@ def _summary(role: str, layers: Mapping[int | None, list[float]]) -> dict[str, A
         "relative_change": (dd / xx) ** 0.5 if xx else 0.0, "cosine": xy / (xx * yy) ** 0.5 if xx * yy else 1.0,
         "changed": moved / count if count else 0.0,
     }  # fmt: skip
-
-

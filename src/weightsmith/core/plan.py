@@ -122,19 +122,36 @@ def plan(weights: Weights, *, shards: str | int = "5GB", jobs: int | None = None
         f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)
     ]  # fmt: skip
     identity = hashlib.blake2b(
-        json.dumps([__version__, weights.lineage(safetensors.fingerprint), [repr(s) for s in kept], names], default=str).encode(),
+        json.dumps(
+            [__version__, weights.lineage(safetensors.fingerprint), [repr(s) for s in kept], names], default=str
+        ).encode(),
         digest_size=16,
     ).hexdigest()
     metadata = {"format": "pt", "weightsmith": __version__, "plan": identity}
     tasks = tuple(Task(n, tuple(g), weights, metadata, digest) for n, g in zip(names, groups, strict=True))
     reads = {source.origin.path or "memory": source.nbytes for source in weights.sources()}
     for applied in _applied(weights):
-        steps.append({"method": applied.id, "tensors": len(applied) - len(applied.untouched), "of": len(applied), **applied.hyper})
+        steps.append(
+            {
+                "method": applied.id,
+                "tensors": len(applied) - len(applied.untouched),
+                "of": len(applied),
+                **applied.hyper,
+            }
+        )
         warnings += _about(applied)
     workers = min(jobs or os.cpu_count() or 1, len(tasks)) or 1
     work = sum(reads.values()) * len(steps)
     seconds = sum(reads.values()) / READ + sum(s.nbytes for s in kept) / WRITE + work / COMPUTE / workers + 2
-    return Plan(tasks, reads, workers * _in_flight(weights, kept), seconds, tuple(dict.fromkeys(warnings)), tuple(steps), identity)
+    return Plan(
+        tasks,
+        reads,
+        workers * _in_flight(weights, kept),
+        seconds,
+        tuple(dict.fromkeys(warnings)),
+        tuple(steps),
+        identity,
+    )
 
 
 def _applied(weights: Weights) -> list[Applied]:
@@ -185,7 +202,9 @@ def _in_flight(weights: Weights, specs: Sequence[Spec]) -> int:
     whole = [step for step in steps if not (step.card.unit != "spec" and fast_path(step.card))]
     if not whole:
         return copies * TILE * 4
-    worked = [spec.numel for spec in specs if any(spec.name in step and spec.name not in step.untouched for step in whole)]
+    worked = [
+        spec.numel for spec in specs if any(spec.name in step and spec.name not in step.untouched for step in whole)
+    ]
     return copies * 4 * max(worked, default=TILE)
 
 
@@ -210,5 +229,7 @@ def single_file(tasks: tuple[Task, ...], name: str) -> tuple[Task, ...]:
         InputError: there are several shards.
     """
     if len(tasks) != 1:
-        raise InputError(f"{name} would need {len(tasks)} shards", hint="give a folder as the output, or a larger `--shards`")
+        raise InputError(
+            f"{name} would need {len(tasks)} shards", hint="give a folder as the output, or a larger `--shards`"
+        )
     return (replace(tasks[0], file=name),)

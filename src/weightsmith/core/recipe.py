@@ -128,7 +128,9 @@ def parse(text: str, name: str = "recipe") -> Recipe:
     """A recipe from YAML text; `name` is what errors call it."""
     tree = _tree(text, name)
     if not isinstance(tree, Mapping):
-        raise RecipeError("a recipe is a map with `models` and `steps`", where=f"{name}:1:1", hint="see `weightsmith plan --help`")
+        raise RecipeError(
+            "a recipe is a map with `models` and `steps`", where=f"{name}:1:1", hint="see `weightsmith plan --help`"
+        )
     try:
         recipe = Recipe.model_validate(_plain(tree))
     except ValidationError as error:
@@ -193,7 +195,9 @@ def _explained(error: ValidationError, tree: Any, name: str) -> RecipeError:
     path = tuple(part for part in first["loc"] if part not in ("from_", "with_"))
     place, key = _place(tree, path, name), path[-1] if path else ""
     if first["type"] == "extra_forbidden":
-        owner = {1: Recipe}.get(len(path), {"steps": Step, "write": Write}.get(str(path[0]), Text) if len(path) <= 3 else Text)
+        owner = {1: Recipe}.get(
+            len(path), {"steps": Step, "write": Write}.get(str(path[0]), Text) if len(path) <= 3 else Text
+        )
         known = [field.alias or field_name for field_name, field in owner.model_fields.items()]
         return RecipeError(f"unknown key `{key}`", where=place, hint=nearest(str(key), known, what="the keys here are"))
     message = first["msg"][0].lower() + first["msg"][1:]
@@ -241,7 +245,9 @@ def _check_values(method: str, step: Step, tree: Any, at: tuple[Any, ...], name:
             try:
                 card.validate({key: one})
             except MethodError as error:
-                raise RecipeError(error.message, where=_place(tree, (*at, "with", key), name), hint=error.hint) from None
+                raise RecipeError(
+                    error.message, where=_place(tree, (*at, "with", key), name), hint=error.hint
+                ) from None
 
 
 def _leaves(value: Any) -> list[Any]:

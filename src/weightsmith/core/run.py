@@ -82,7 +82,9 @@ def save(
     """
     out = Path(path).expanduser().absolute()
     if (out.exists() or out.is_symlink()) and not overwrite:
-        raise InputError("there is something here already", where=path, hint="give another output, or add `--overwrite`")
+        raise InputError(
+            "there is something here already", where=path, hint="give another output, or add `--overwrite`"
+        )
     single = out.suffix == ".safetensors"
     decided = plan(weights, shards=shards, jobs=jobs, digest=digest)
     tasks = single_file(decided.tasks, out.name) if single else decided.tasks
@@ -143,7 +145,9 @@ def run_tasks(
                 future.cancel()
             raise
     else:
-        raise InputError(f"engine = {engine!r}: not an engine", hint="`serial`, `threads`, or a concurrent.futures.Executor")
+        raise InputError(
+            f"engine = {engine!r}: not an engine", hint="`serial`, `threads`, or a concurrent.futures.Executor"
+        )
 
 
 def write_shard(
@@ -197,7 +201,13 @@ def write_shard(
     part.rename(final)
     sync_folder(folder)
     seconds = {"seconds": round(time.perf_counter() - started, 3), "cpu_seconds": round(time.thread_time() - cpu, 3)}
-    return {"file": task.file, "size": total, "sha256": sha.hexdigest() if sha else None, "tensors": len(task.specs), **seconds}
+    return {
+        "file": task.file,
+        "size": total,
+        "sha256": sha.hexdigest() if sha else None,
+        "tensors": len(task.specs),
+        **seconds,
+    }
 
 
 def _bytes(weights: Weights, spec: Any) -> Iterator[Any]:
@@ -265,7 +275,9 @@ def _claimed(out: Path) -> Iterator[Path]:
     """The staging folder, held against other runs; removed once the output is published, kept when the run fails."""
     stage = staging(out)
     if stage.exists() and any(stage.iterdir()) and not (stage / "lock").exists():
-        raise InputError("this is not a staging folder of ours", where=stage, hint=f"move it away: mv {stage} {stage}.old")
+        raise InputError(
+            "this is not a staging folder of ours", where=stage, hint=f"move it away: mv {stage} {stage}.old"
+        )
     stage.mkdir(parents=True, exist_ok=True)
     lock, owner = os.open(stage / "lock", os.O_RDWR | os.O_CREAT, 0o666), stage / "owner.json"
     try:
@@ -340,8 +352,8 @@ def _keep_buffers() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         trim_threshold, mmap_threshold = -1, -3
-        libc.mallopt(mmap_threshold, 64 << 20)
-        libc.mallopt(trim_threshold, 128 << 20)
+        libc.mallopt(mmap_threshold, 8 << 20)
+        libc.mallopt(trim_threshold, 32 << 20)
 
 
 def _check_room(stage: Path, needed: int) -> None:
@@ -389,6 +401,7 @@ def _describe(
         index = {"metadata": {"total_size": decided.nbytes}, "weight_map": dict(sorted(routes.items()))}
         _write(model / "model.safetensors.index.json", json.dumps(index, indent=2))
     for name, asset in weights.origin.assets.items():
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
         _write(model / name, asset if isinstance(asset, bytes) else asset.read_bytes())
     if weights.origin.config:
         _write(model / "config.json", json.dumps(with_dtype(dict(weights.origin.config), specs), indent=2) + "\n")

@@ -20,12 +20,13 @@ def new(family: str, name: str, root: str | Path = PACKAGE) -> list[Path]:
     Args:
         family: an existing family's folder.
         name: the method's name as the paper has it, in snake_case.
-        root: the folder that holds the families.
+        root: the folder that holds the families, or a checkout of Weightsmith.
 
     Raises:
         InputError: no such family, a name that cannot be one, or a file that is there already.
     """
-    root = Path(root)
+    checkout = Path(root, "src", "weightsmith")
+    root = checkout if checkout.is_dir() else Path(root)
     families = sorted(folder.parent.name for folder in root.glob("*/claims") if folder.is_dir())
     if family not in families:
         raise InputError(f"there is no family `{family}`", hint=nearest(family, families, what="there are"))
@@ -63,7 +64,9 @@ from weightsmith.core.method import op
 
 
 @op(paper="", laws=[elementwise(), identity_at("w", strength=0.0)])
-def $name(w: Float[Tensor, "*shape"], *, strength: Annotated[float, Interval(ge=0, le=1)] = 0.5) -> Float[Tensor, "*shape"]:
+def $name(
+    w: Float[Tensor, "*shape"], *, strength: Annotated[float, Interval(ge=0, le=1)] = 0.5
+) -> Float[Tensor, "*shape"]:
     r"""Say in one sentence what it does.
 
     $$$$ W' = (1 - s) W $$$$

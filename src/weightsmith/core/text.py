@@ -55,7 +55,13 @@ def tokenize(weights: Weights, text: str) -> "Tensor":
 
 
 def chunks(
-    weights: Weights, source: str | Path, *, samples: int = 16, length: int = 512, split: str = HELD_OUT, spread: bool = False
+    weights: Weights,
+    source: str | Path,
+    *,
+    samples: int = 16,
+    length: int = 512,
+    split: str = HELD_OUT,
+    spread: bool = False,
 ) -> "Tensor":
     """Chunks of a text as token ids, shape (samples, length).
 
@@ -72,7 +78,11 @@ def chunks(
     ids = tokenize(weights, read_text(source, split))
     there = len(ids) // length
     if not there:
-        raise InputError(f"{len(ids)} tokens, one chunk takes {length}", where=source, hint=f"give more text, or `--length {max(2, len(ids))}`")
+        raise InputError(
+            f"{len(ids)} tokens, one chunk takes {length}",
+            where=source,
+            hint=f"give more text, or `--length {max(2, len(ids))}`",
+        )
     pieces = ids[: there * length].view(there, length)
     taken = min(samples, there)
     return pieces[torch.arange(taken) * there // taken] if spread else pieces[:taken]

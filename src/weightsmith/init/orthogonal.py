@@ -16,7 +16,7 @@ from weightsmith.core.weights import Spec
 @op(paper="arXiv:1312.6120", laws=[orthonormal("gain")], roles="attention.*|mlp.*|linear|conv*|expert*")
 def orthogonal(
     spec: Spec, rng: torch.Generator, *, gain: Annotated[float, Interval(ge=0.01, le=10)] = 1.0
-) -> Float[Tensor, "*shape"]:
+) -> Float[Tensor, "out in *kernel"]:
     r"""Draw a random matrix with orthonormal rows or columns, so that a deep stack keeps all lengths.
 
     $$ W = g \, Q \operatorname{sign}(\operatorname{diag} R), \qquad Q R = A, \quad A_{ij} \sim \mathcal N(0, 1) $$

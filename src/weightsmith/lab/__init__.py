@@ -1,9 +1,9 @@
 """The lab: real and tiny models and data, claims and their verdicts, conformance checks. Nothing loads before use."""
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
-
-from weightsmith.core.method import family
 
 _PUBLIC = {
     "claim": "claims", "environment": "claims", "run_claims": "claims", "status": "claims",
@@ -29,4 +29,11 @@ def __dir__() -> list[str]:
     return __all__
 
 
-family(__name__)
+class _Package(ModuleType):
+    """`lab.check` is the function, although the file it lives in has the same name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value.check if name == "check" and isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -60,7 +60,7 @@ def inputs(card: Card, seed: int = 0, shape: tuple[int, ...] = SHAPE, optional: 
     many = [center + 0.5 * _normal(shape, seed, "ws", k) for k in range(_models(card))]
     width = math.prod(shape[1:])
     given: dict[str, Callable[[], Any]] = {
-        "spec": lambda: Spec(NAME, (shape[0] + seed, *shape[1:]), role="mlp.up", layer=0),
+        "spec": lambda: Spec(NAME, tuple(n + seed * (k == 0) for k, n in enumerate(shape)), role="mlp.up", layer=0),
         "w": lambda: _normal(shape, seed, "w"),
         "ws": lambda: many,
         "models": lambda: [Memory({NAME: w}) for w in many],
@@ -183,7 +183,7 @@ def outcome(case: Case) -> dict[str, Tensor]:
 
 def nudged(theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Theta with its floats moved a little, always by the same amounts."""
-    return {k: v + 0.1 * _normal(v.shape, 0, k) if v.is_floating_point() else v for k, v in theta.items()}
+    return {k: v + 0.1 * _normal(v.shape, 0, k).to(v.device) if v.is_floating_point() else v for k, v in theta.items()}
 
 
 def flatten(value: Any, name: str = "result") -> dict[str, Tensor]:

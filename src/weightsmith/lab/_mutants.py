@@ -5,7 +5,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from weightsmith.core.weights import Memory, Weights
 from weightsmith.lab._cases import tensors_of
@@ -45,6 +45,11 @@ def _each(change: Callable[[Tensor, Mapping[str, Any]], Tensor]) -> Callable[[An
     def spoil(result: Any, given: Mapping[str, Any]) -> Any:
         if isinstance(result, Mapping):
             return {k: spoil(v, given) for k, v in result.items()}
+        if isinstance(result, nn.Module):
+            with torch.no_grad():
+                for p in result.parameters():
+                    p.copy_(spoil(p.detach(), given))
+            return result
         if isinstance(result, Weights):
             return Memory({k: spoil(result.read(k), given) for k in result})
         if isinstance(result, Tensor):

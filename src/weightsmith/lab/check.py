@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
+from jaxtyping import AbstractArray, jaxtyped
 from torch import Tensor, nn
 
 from weightsmith.core import method as registry
@@ -157,9 +158,7 @@ def _attaches(card: Card) -> bool:
 @_when(lambda card: True)
 def card_is_complete(card: Card) -> None:
     """Its source, a summary of one sentence, every hyperparameter and an example are documented."""
-    assert SOURCE.fullmatch(card.title), (
-        f"the module's docstring does not begin `Title (authors, venue).`: {card.title!r}"
-    )
+    assert SOURCE.fullmatch(card.title), f"the module's docstring is not `Title (authors, venue).`: {card.title!r}"
     assert PAPER.fullmatch(card.paper), f"paper is neither an id nor a reason: {card.paper!r}"
     summary = card.summary
     assert re.fullmatch(r"([^.]|\.\S)+\.", summary), f"the summary is not one sentence: {summary!r}"
@@ -195,9 +194,13 @@ def inputs_are_left_alone(card: Card) -> None:
 
 @_when(lambda card: True)
 def finite_in_finite_out(card: Card) -> None:
-    """Zeros, constants, tiny and large values, an outlier and equal models give no NaN or infinity."""
-    for kind, change in EXTREMES.items():
-        case = Case(card.function, changed(inputs(card), change), card.validate({}))
+    """Zeros, constants, tiny and large values, an outlier, equal models and dead inputs give no NaN or infinity."""
+    given = inputs(card)
+    statistics = [need for need in STATISTICS if need in given]
+    trials = {kind: changed(given, change) for kind, change in EXTREMES.items()}
+    trials |= {f"{need} of zeros": {**given, need: torch.zeros_like(given[need])} for need in statistics}
+    for kind, tried in trials.items():
+        case = Case(card.function, tried, card.validate({}))
         for name, tensor in outcome(case).items():
             assert bool(torch.isfinite(tensor).all()), f"{name} of {kind} is not finite"
 
@@ -281,9 +284,36 @@ def accelerator_agrees(card: Card) -> None:
 # Methods of checkpoints
 
 
+@_when(lambda card: card.unit in ("w", "ws", "spec"))
+def annotations_hold(card: Card) -> None:
+    """Tensors that go in and come out have the shapes and dtypes their annotations say."""
+    function = card.function
+    hints = get_type_hints(function.encode if _form(card) else function, include_extras=True)
+    hints["return"] = get_type_hints(function.decode if _form(card) else function, include_extras=True).get("return")
+    case = next(cases(card))
+    with jaxtyped("context"):
+        for name, value in {**case.inputs, "return": case.run()}.items():
+            hint = next(iter(get_args(hints[name])), None) if isinstance(value, list) else hints.get(name)
+            if isinstance(hint, type) and issubclass(hint, AbstractArray):
+                for tensor in value if isinstance(value, list) else [value]:
+                    assert isinstance(tensor, hint), f"`{name}` is no {hint.__name__}, its shape {list(tensor.shape)}"
+
+
+@_when(lambda card: card.kind == "op" and card.unit == "models")
+def specs_tell_the_result(card: Card) -> None:
+    """Shape and dtype of every tensor of the result are what its spec says."""
+    weights = next(cases(card)).run()
+    for name in weights:
+        spec, tensor = weights.spec(name), weights.read(name)
+        assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.torch_dtype), f"`{name}` is not as planned"
+
+
 @_when(_lifts)
 def spec_is_known_before(card: Card) -> None:
     """Shape and dtype are known without reading a tensor, and are what comes out."""
+    if card.kind == "op":
+        made, planned = next(cases(card)).run(), lifted(card).spec(NAME)
+        assert made.shape == planned.shape, f"planned {planned.shape}, made {tuple(made.shape)}"
     for dtype in ("float32", "bfloat16"):
         for shape in (SHAPE, (8, 4, 3, 3)):
             weights = lifted(card, dtype=dtype, shape=shape)
@@ -382,11 +412,8 @@ def linear_is_the_definition(card: Card) -> None:
         form, w = case.function(**case.hyper), case.inputs["w"]
         theta = drawn.nudged(form.encode(**case.inputs))
         x = inputs(card, 7)["w"][:, : w.shape[1]]
-        _close(
-            form.linear(x, w, **theta),
-            nn.functional.linear(x, decode(form, w, theta)),
-            "`linear` differs from `decode`",
-        )
+        slow = nn.functional.linear(x, decode(form, w, theta))
+        _close(form.linear(x, w, **theta), slow, "`linear` differs from `decode`")
 
 
 @_when(_attaches)
@@ -497,10 +524,8 @@ def _law(card: Card, name: str) -> Law:
 
 
 def _codes(function: Any) -> set[Any]:
-    methods = (
-        [vars(function).get(n) for n in ("__init__", "encode", "decode")] if isinstance(function, type) else [function]
-    )
-    return {method.__code__ for method in methods if method is not None}
+    parts = [function.__init__, function.encode, function.decode] if isinstance(function, type) else [function]
+    return {part.__code__ for part in parts}
 
 
 def _close(a: Tensor, b: Tensor, says: str) -> None:

@@ -168,9 +168,10 @@ def judge(entry: Claim, seeds: tuple[int, ...] | None = None) -> Verdict:
     """Run one claim on each seed, on one thread."""
     import torch
 
-    from weightsmith.lab.experiments import Lab
+    from weightsmith.lab.experiments import Lab, forget
     from weightsmith.lab.train import one_thread
 
+    forget()
     held, numbers, start = [], {}, time.process_time()
     seeds = tuple(seeds or entry.seeds)
     with one_thread(), torch.random.fork_rng():
@@ -238,7 +239,10 @@ def status(card: "Card | str") -> Literal["stable", "preview"]:
 
 
 def environment() -> dict[str, Any]:
-    """Machine and versions, to stand beside every measured number; no host name and no path."""
+    """Machine and versions, to stand beside every measured number; no host name and no path.
+
+    The version of torch is that of the one in use, which need not be the one installed by now.
+    """
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -248,7 +252,7 @@ def environment() -> dict[str, Any]:
     return {
         "machine": {"cpu": cpu, "cores": cores, "memory_gib": round(memory / 2**30)},
         "python": platform.python_version(),
-        "torch": metadata.version("torch"),
+        "torch": getattr(sys.modules.get("torch"), "__version__", None) or metadata.version("torch"),
         "weightsmith": metadata.version("weightsmith"),
     }
 
@@ -257,46 +261,67 @@ def _round(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def main(pattern: str = "*", *, seeds: int | None = None, out: Path | None = RESULTS, quiet: bool = False) -> int:
+def main(
+    pattern: str = "*",
+    *,
+    seeds: tuple[int, ...] | None = None,
+    only_list: bool = False,
+    out: Path | None = RESULTS,
+    quiet: bool = False,
+) -> int:
     """Judge claims, update the results file and print a table of verdicts.
 
     Args:
         pattern: glob on family, method or claim.
-        seeds: how many seeds in place of each claim's own; the results file is then left alone.
-        out: results file; None writes nothing.
+        seeds: in place of each claim's own; a verdict over fewer seeds than its own is not published.
+        only_list: judge nothing; show the claims and their published verdicts.
+        out: results file; nothing is written when its folder is missing, as outside a checkout.
         quiet: print no progress.
 
     Returns:
         0, or 1 when a claim could not be run; a claim that does not hold is a result, not a failure.
     """
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     progress, failed = Console(stderr=True, quiet=quiet), 0
-    chosen = claims(pattern)
-    table = Table("claim", "verdict", "models", "seen (mean ± spread)", "CPU s", title="Claims, judged")
-    colour = dict(zip(VERDICTS, ("green", "yellow", "red"), strict=True))
+    chosen, known = claims(pattern), committed()
+    table = Table("claim", "verdict", "models", "seen (mean ± spread)", "CPU s")
     for i, entry in enumerate(chosen, 1):
-        progress.print(f"[{i}/{len(chosen)}] {entry.id}: {entry.says}", markup=False, highlight=False)
-        try:
-            verdict = judge(entry, tuple(range(seeds)) if seeds else None)
-        except WeightsmithError as error:
-            progress.print(f"  could not be run: {error}", markup=False, highlight=False)
-            failed += 1
-            continue
-        if out and not seeds:
-            publish(verdict, out)
-        seen = "\n".join(f"{k} {statistics.fmean(v):.4g} ± {spread(v):.2g}" for k, v in verdict.numbers.items())
-        shade = colour[verdict.verdict]
-        cost = f"{verdict.cpu_seconds:.1f}" + (
-            f" (budget {entry.seconds:g})" if verdict.cpu_seconds > entry.seconds else ""
-        )
-        what = f"[bold]{escape(entry.id)}[/]\n{escape(entry.says)} ({escape(entry.where)})"
-        table.add_row(what, f"[{shade}]{verdict.verdict}[/]", entry.models, escape(seen), cost)
+        record = known.get(entry.id, {})
+        if not only_list:
+            progress.print(f"[{i}/{len(chosen)}] {entry.id}: {entry.says}", markup=False, highlight=False)
+            try:
+                verdict = judge(entry, seeds)
+            except WeightsmithError as error:
+                progress.print(f"  could not be run: {error}", markup=False, highlight=False)
+                failed += 1
+                continue
+            if out and out.parent.is_dir() and len(verdict.held) >= len(entry.seeds):
+                publish(verdict, out)
+            record = verdict.record()
+        table.add_row(*_row(entry, record))
     Console().print(table)
     return min(failed, 1)
 
 
+def _row(entry: Claim, record: dict[str, Any]) -> tuple[str, ...]:
+    from rich.markup import escape
+
+    verdict = record.get("verdict", "not judged yet")
+    colour = dict(zip(VERDICTS, ("green", "yellow", "red"), strict=True)).get(verdict, "dim")
+    seen = "\n".join(f"{k} {v['mean']:g} ± {v['spread']:.2g}" for k, v in record.get("numbers", {}).items())
+    spent = record.get("cpu_seconds")
+    cost = "" if spent is None else f"{spent:.1f} of {entry.seconds:g}"
+    what = f"[bold]{escape(entry.id)}[/]\n{escape(entry.says)} ({escape(entry.where)})"
+    return what, f"[{colour}]{verdict}[/]", entry.models, escape(seen), cost
+
+
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:2]))
+    from weightsmith.lab import claims as imported  # the claims register with that module, not with this one
+
+    try:
+        sys.exit(imported.main(*sys.argv[1:2]))
+    except WeightsmithError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

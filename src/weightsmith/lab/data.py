@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from weightsmith.core.errors import InputError, nearest
-from weightsmith.core.text import chunks as cut
-from weightsmith.core.text import encode
 
 Split = Literal["train", "validation", "test"]
 
@@ -69,8 +67,10 @@ def text(domain: str, split: Split = "train") -> str:
 
 
 @cache
-def _ids(domain: str, split: Split, tokenizer: Any) -> list[int]:
-    return encode(tokenizer, text(domain, split))
+def _ids(domain: str, split: Split, tokenizer: Any) -> Tensor:
+    from weightsmith.lab import models
+
+    return torch.tensor(models.encode(tokenizer or models.tokenizer(), text(domain, split)))
 
 
 def tokens(domain: str, split: Split = "test", chunks: int = 16, length: int = 512, *, tokenizer: Any = None) -> Tensor:
@@ -86,22 +86,19 @@ def tokens(domain: str, split: Split = "test", chunks: int = 16, length: int = 5
     Raises:
         InputError: the split is too short.
     """
-    from weightsmith.lab.models import tokenizer as smollm2_tokenizer
-
-    ids = _ids(domain, split, tokenizer or smollm2_tokenizer())
+    ids = _ids(domain, split, tokenizer)
     available = len(ids) // length
     if chunks > available:
         raise InputError(f"chunks = {chunks}: `{domain}/{split}` holds {available} of {length} tokens")
-    return cut(ids, length, chunks, spread=split == "train")
+    pieces = ids[: available * length].view(available, length)
+    return pieces[torch.arange(chunks) * available // chunks] if split == "train" else pieces[:chunks]
 
 
 def text_batches(
     domain: str, split: Split = "train", tokenizer: Any = None, batch: int = 4, length: int = 128, seed: int = 0
 ) -> Iterator[Tensor]:
     """Endless batches of tokens, shape (batch, length), from random places of a text; the same for the same seed."""
-    from weightsmith.lab.models import tokenizer as smollm2_tokenizer
-
-    ids = torch.tensor(_ids(domain, split, tokenizer or smollm2_tokenizer()))
+    ids = _ids(domain, split, tokenizer)
     rng = torch.Generator().manual_seed(seed)
     while True:
         starts = torch.randint(len(ids) - length + 1, (batch, 1), generator=rng)

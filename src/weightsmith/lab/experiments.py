@@ -1,12 +1,9 @@
 """What a claim is given: tiny models trained on the spot, families of experts, and the real models and data."""
 
-import hashlib
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -55,44 +52,25 @@ def module(weights: Weights) -> nn.Module:
     return model.eval()
 
 
-def cache_folder() -> Path:
-    """Where trained tiny models are kept: `$WEIGHTSMITH_CACHE/lab`, else the user's cache folder."""
-    home = os.environ.get("WEIGHTSMITH_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "weightsmith"
-    return Path(home).expanduser() / "lab"
-
-
-@cache
-def _code() -> str:
-    sources = (Path(module.__file__).read_bytes() for module in (data, train))
-    return hashlib.blake2b(b"".join([Path(__file__).read_bytes(), *sources]) + torch.__version__.encode()).hexdigest()
-
-
-def kept(make: Callable[..., nn.Module]) -> Callable[..., Weights]:
-    """Keep what a training function makes, in this process and on disk under a hash of code, versions and arguments."""
+def trained(make: Callable[..., nn.Module]) -> Callable[..., Weights]:
+    """Weights of what a training function makes, trained on one thread from its last argument, the seed; kept."""
 
     @cache
-    def load(*args: Any) -> Weights:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file, save_file
+    def weights(*args: Any) -> Weights:
+        with train.one_thread(), torch.random.fork_rng():
+            torch.manual_seed(args[-1])
+            return Memory({name: tensor.detach().clone() for name, tensor in make(*args).state_dict().items()})
 
-        key = hashlib.blake2b(f"{make.__name__}{args}{_code()}".encode(), digest_size=12).hexdigest()
-        file = cache_folder() / f"{key}.safetensors"
-        try:
-            return Memory(load_file(file))
-        except (OSError, SafetensorError):
-            with train.one_thread(), torch.random.fork_rng():
-                torch.manual_seed(args[-1])
-                state = {k: v.detach().clone() for k, v in make(*args).state_dict().items()}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draft = file.with_suffix(f".{os.getpid()}.partial")
-        save_file(state, draft)
-        draft.replace(file)
-        return Memory(state)
-
-    return load
+    return weights
 
 
-@kept
+def forget() -> None:
+    """Drop the models trained so far, so that the next use shows what they cost."""
+    for made in (_classifier, _generalist, _expert):
+        made.cache_clear()
+
+
+@trained
 def _classifier(kind: str, task: str, steps: int, seed: int) -> nn.Module:
     model = {"mlp": mlp, "cnn": CNN}[kind]()
     adam = partial(torch.optim.AdamW, lr=3e-3, weight_decay=1e-4)
@@ -102,7 +80,7 @@ def _classifier(kind: str, task: str, steps: int, seed: int) -> nn.Module:
     return model
 
 
-@kept
+@trained
 def _generalist(seed: int) -> nn.Module:
     parts = [data.digits(task) for task in data.TASKS]
     x, y = torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
@@ -112,7 +90,7 @@ def _generalist(seed: int) -> nn.Module:
     return model
 
 
-@kept
+@trained
 def _expert(task: str, steps: int, lr: float, run: int, seed: int) -> nn.Module:
     model = module(_generalist(seed))
     adam = partial(torch.optim.AdamW, lr=lr)

@@ -5,9 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.core import text
 from weightsmith.core.errors import InputError
-from weightsmith.core.weights import Weights
+from weightsmith.core.weights import Memory, Origin, Weights
 from weightsmith.core.weights import open as open_weights
 
 if TYPE_CHECKING:
@@ -49,14 +48,32 @@ def minilm() -> Weights:
 
 @cache
 def efficientnet() -> Weights:
-    """EfficientNet-Lite0 trained on ImageNet, a CNN of 4.7 M parameters."""
-    return open_weights(packaged("efficientnet"))
+    """EfficientNet-Lite0 trained on ImageNet, a CNN of 4.7 M parameters.
+
+    Its file is in PyTorch's old format, which `open` refuses as a pickle; torch's safe loader reads it.
+    """
+    import torch
+
+    file = packaged("efficientnet")
+    return Memory(torch.load(file, map_location="cpu", weights_only=True), Origin(path=str(file), format="torch"))
 
 
 @cache
 def tokenizer(name: str = "smollm2") -> Any:
-    """The tokenizer of `smollm2` or `minilm`."""
-    return text.tokenizer({"smollm2": smollm2, "minilm": minilm}[name]())
+    """The tokenizer of `smollm2` or `minilm`, of the `tokenizers` library, without truncation."""
+    from tokenizers import Tokenizer
+
+    found = {"smollm2": smollm2, "minilm": minilm}[name]().origin.assets["tokenizer.json"]
+    made = Tokenizer.from_str((found if isinstance(found, bytes) else Path(found).read_bytes()).decode())
+    made.no_truncation()
+    made.no_padding()
+    return made
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, special ones left out; for tokenizers of `tokenizers` and of transformers alike."""
+    found = tokenizer.encode(text, add_special_tokens=False)
+    return list(getattr(found, "ids", found))
 
 
 def tiny_llama(

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,9 +12,6 @@ from torch import Tensor, nn
 from weightsmith.core.errors import InputError
 from weightsmith.core.laws import geometric_mean
 from weightsmith.core.method import measure
-from weightsmith.core.text import chunks as cut
-from weightsmith.core.text import encode, read, tokenizer
-from weightsmith.core.weights import Weights
 
 POSITIONS = 64
 """Positions whose logits are held at a time: all of a chunk's would be 100 MB for a vocabulary of 49,152."""
@@ -81,33 +77,3 @@ def _parts(model: Any, probe: Tensor) -> tuple[Any, Any]:
 def _whole(model: nn.Module, chunk: Tensor) -> Tensor:
     found = model(chunk)
     return getattr(found, "logits", found)
-
-
-def evaluate_text(
-    weights: Weights,
-    text: str | Path,
-    *,
-    length: int = 512,
-    chunks: int | None = None,
-    dtype: Literal["float32", "bfloat16"] = "float32",
-) -> dict[str, float]:
-    """Perplexity of a language model's checkpoint on a text, tokenized by the tokenizer beside the checkpoint.
-
-    Args:
-        weights: a causal language model.
-        text: the text itself, or the path of a file that holds it.
-        length: tokens in a chunk; a shorter rest is left out, unless it is all there is.
-        chunks: how many chunks at most, from the start; all by default.
-        dtype: of the forward pass.
-
-    Returns:
-        `perplexity`, and the `tokens` and `chunks` it was measured on.
-
-    Raises:
-        InputError: no tokenizer, no such file, or too little text.
-    """
-    from weightsmith.core.calibrate import live
-
-    ids = encode(tokenizer(weights), read(text) if isinstance(text, Path) else text)
-    batch = cut(ids, length, chunks)
-    return {"perplexity": perplexity(live(weights), batch, dtype=dtype), "tokens": batch.numel(), "chunks": len(batch)}

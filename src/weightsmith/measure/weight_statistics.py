@@ -28,8 +28,8 @@ def weight_statistics(w: Float[Tensor, "*shape"]) -> dict[str, float]:
         >>> reading["zeros"], reading["max_abs"], round(reading["kurtosis"], 4)
         (0.5, 1.0, 2.0)
     """
-    tiles = w.detach().reshape(-1).split(TILE)
-    n = w.numel()
+    w, n = w.detach(), w.numel()
+    tiles = w.reshape(-1).split(TILE)
     mean = sum(float(tile.sum(dtype=torch.float64)) for tile in tiles) / n
     first = second = fourth = 0.0
     for tile in tiles:

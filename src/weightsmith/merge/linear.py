@@ -3,13 +3,14 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from weightsmith.core.errors import MethodError
 from weightsmith.core.laws import elementwise, equal_inputs_kept
 from weightsmith.core.method import op
 
 
 @op(
     paper="AAAI-96 workshop on integrating multiple learned models: no arXiv id",
-    laws=[elementwise(), equal_inputs_kept("ws")],
+    laws=[elementwise(), equal_inputs_kept("ws").given(normalize=True)],
 )
 def linear(
     ws: list[Float[Tensor, "*shape"]], *, weight: float | tuple[float, ...] = 1.0, normalize: bool = True
@@ -22,12 +23,17 @@ def linear(
         weight: alpha; one number for all models, or one for each.
         normalize: divide by the sum of the weights.
 
+    Raises:
+        MethodError: not one weight a model, or nothing to divide by.
+
     Example:
         >>> linear([torch.tensor([1.0]), torch.tensor([5.0])], weight=(3.0, 1.0))
         tensor([2.])
     """
     weights = per_model(weight, len(ws))
     total = sum(weights) if normalize else 1.0
+    if total == 0:
+        raise MethodError(f"weight = {weight}: the weights add up to zero", hint="use `normalize=False`")
     return sum(w * (alpha / total) for w, alpha in zip(ws, weights, strict=True))
 
 
@@ -37,8 +43,6 @@ def per_model(value: float | tuple[float, ...], count: int) -> tuple[float, ...]
     Raises:
         MethodError: a tuple of another length.
     """
-    from weightsmith.core.errors import MethodError
-
     values = value if isinstance(value, tuple | list) else (value,) * count
     if len(values) != count:
         raise MethodError(f"{len(values)} weights for {count} models", hint="give one number, or one for each model")

@@ -17,8 +17,10 @@ PARALLEL = 0.9995
 
 
 @op(paper="doi:10.1145/325334.325242", laws=[equal_inputs_kept("ws")])
-def slerp(ws: list[Float[Tensor, "*shape"]], *, t: Annotated[float, Interval(ge=0, le=1)] = 0.5) -> Float[Tensor, "*shape"]:
-    r"""Go from one model to another along the arc between them, so that the norm does not shrink on the way.
+def slerp(
+    ws: list[Float[Tensor, "*shape"]], *, t: Annotated[float, Interval(ge=0, le=1)] = 0.5
+) -> Float[Tensor, "*shape"]:
+    r"""Go from one model to another along the arc between them, so that the norm does not shrink.
 
     $$ \theta = \frac{\sin((1-t)\,\omega)}{\sin\omega}\,\theta_1 + \frac{\sin(t\,\omega)}{\sin\omega}\,\theta_2, \quad
        \cos\omega = \frac{\langle\theta_1, \theta_2\rangle}{\lVert\theta_1\rVert\,\lVert\theta_2\rVert} $$

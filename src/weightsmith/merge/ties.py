@@ -62,7 +62,9 @@ def tally(ws: list[Tensor], base: Tensor, *, state: "list[tuple[int, int]] | Non
     return np.stack([np.bincount(b, minlength=1 << 16) for b in low])
 
 
-def decide(counts: np.ndarray, numel: int, state: "list[tuple[int, int]] | None", *, density: float, **_: object) -> list:
+def decide(
+    counts: np.ndarray, numel: int, state: "list[tuple[int, int]] | None", *, density: float, **_: object
+) -> list:
     """The bin that holds each model's threshold and how many to keep from it; at last the thresholds themselves."""
     kept = [max(1, round(density * numel))] * len(counts) if state is None else [k for _, k in state]
     found = []

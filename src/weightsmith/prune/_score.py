@@ -67,7 +67,8 @@ def score(*, paper: str, per: Per, laws: Iterable[Law] = (), except_for: Mapping
         pruned.__doc__ = f"{head}{ARGS}\n{example}{tail}"
 
         def decide(weights: Weights, stats: Mapping[str, Weights], hyper: Mapping[str, Any]) -> dict[str, Any]:
-            return allocation.decide(weights, stats, function, hyper)
+            needed = {name: stats[name] for name in signature.parameters if name in stats}
+            return allocation.decide(weights, needed, function, hyper)
 
         pruned.score, pruned.decide = function, decide
         every = (zeros("sparsity"), survivors_kept(), idempotent())

@@ -6,7 +6,7 @@ other: `apply(magnitude, weights, sparsity=erk(weights, sparsity=0.9))`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from torch import Tensor
@@ -32,9 +32,11 @@ def decide(
         hyper: the hyperparameters given.
 
     Raises:
-        MethodError: the sparsity is not one number, or a pattern fixes it for each tensor.
+        MethodError: the allocation is none of these, the sparsity is not one number, or a pattern fixes it.
     """
     allocation, sparsity = hyper.get("allocation", "uniform"), hyper.get("sparsity", 0.5)
+    if allocation not in get_args(Allocation):
+        raise MethodError(f"allocation = {allocation}", hint=f"one for all tensors: {', '.join(get_args(Allocation))}")
     if allocation == "uniform":
         return dict(hyper)
     if not isinstance(sparsity, int | float):

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from weightsmith.core.weights import TILE
+
 Grid = Literal["int", "asymmetric", "float", "normal", "quantile"]
 
 EXPONENT_BITS = {2: 1, 3: 2, 4: 2, 5: 3, 6: 3, 7: 3, 8: 4}
@@ -48,6 +50,38 @@ def to_range(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return scale, (low / -scale.float()).round_().clamp_(0, top)
 
 
+def search(
+    w: Tensor, importance: Tensor, bits: int, size: int | None, ratios: list[float], symmetric: bool
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of each group: of its range times each ratio, that with the least weighted squared error.
+
+    Args:
+        w: the weight.
+        importance: what the error of each input counts.
+        bits: bits of a code.
+        size: weights in a group.
+        ratios: shares of the range to try.
+        symmetric: whether the range has its middle at zero.
+    """
+    grouped, weight = groups(w, size), groups(importance[None], size)
+    low, high = grouped.amin(2).clamp_max_(0), grouped.amax(2).clamp_min_(0)
+    if symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    scale, zero = torch.empty_like(low, dtype=torch.float16), torch.empty_like(low)
+    for part in torch.arange(len(w)).split(max(TILE // w.shape[1], 1)):
+        rows, best = slice(int(part[0]), int(part[-1]) + 1), None
+        for ratio in ratios:
+            s, z = to_range(low[rows] * ratio, high[rows] * ratio, bits)
+            x = grouped[rows] / s.float().unsqueeze(2)
+            code = torch.clamp(x.round(), -z.unsqueeze(2), 2**bits - 1 - z.unsqueeze(2))
+            error = (code.sub_(x).square_().mul_(weight)).sum(2) * s.float().square()
+            better = error < best if best is not None else torch.ones_like(error, dtype=torch.bool)
+            best = error if best is None else torch.where(better, error, best)
+            scale[rows], zero[rows] = torch.where(better, s, scale[rows]), torch.where(better, z, zero[rows])
+    return scale, zero
+
+
 @cache
 def levels(grid: Literal["float", "normal"], bits: int) -> Tensor:
     r"""Sorted levels of a grid that no data decide, the largest in magnitude being 1.
@@ -64,7 +98,7 @@ def levels(grid: Literal["float", "normal"], bits: int) -> Tensor:
         both = torch.cat([-positive.flip(0), positive])
     else:
         half = 2 ** (bits - 1)
-        edge = 1 - (1 / (2 * half) + 1 / (2 * (2 * half - 1))) / 2
+        edge = 1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2
         normal = torch.distributions.Normal(0.0, 1.0)
         above = normal.icdf(torch.linspace(edge, 0.5, half + 1)[:-1])
         below = -normal.icdf(torch.linspace(edge, 0.5, half)[:-1])
@@ -73,18 +107,15 @@ def levels(grid: Literal["float", "normal"], bits: int) -> Tensor:
 
 
 def empirical_levels(x: Tensor, bits: int) -> Tensor:
-    r"""Levels at the quantiles of the data, scaled to reach from -1 to 1.
+    r"""Levels that would be used equally often by the data as they are, stretched to reach from -1 to 1.
 
-    $$ c_j = (Q(j / (2^k + 1)) + Q((j + 1) / (2^k + 1))) / 2 $$
+    $$ c_j \propto Q((j + 1/2) / 2^k) $$
     """
-    count = 2**bits
-    ordered = x.flatten().sort().values
-    place = torch.linspace(0, 1, count + 2)[:-1] * (len(ordered) - 1)
-    at = ordered[place.round().long()]
-    found = (at[:-1] + at[1:]) / 2 if len(at) > count else at
-    found = found / found.abs().max().clamp_min(SMALLEST)
-    found[0], found[-1] = -1.0, 1.0
-    return found.half()
+    flat = x.flatten()
+    ordered = flat[:: max(len(flat) >> 16, 1)].sort().values
+    last = len(ordered) - 1
+    at = ordered[((torch.arange(2**bits) + 0.5) / 2**bits * last).round().long()]
+    return torch.where(at < 0, at / -at[0].clamp_max(-SMALLEST), at / at[-1].clamp_min(SMALLEST)).clamp_(-1, 1).half()
 
 
 def nearest(x: Tensor, table: Tensor) -> Tensor:
@@ -100,12 +131,12 @@ def nearest(x: Tensor, table: Tensor) -> Tensor:
 
 
 def decoded(
-    codes: Tensor, scale: Tensor, zero: Tensor | float | None, table: Tensor | None, size: int | None
+    codes: Tensor, scale: Tensor, zero: Tensor | float, table: Tensor | None = None, size: int | None = None
 ) -> Tensor:
     """The weight that codes and scales stand for."""
     grouped = groups(codes, size)
     if table is not None:
-        values = table.float()[grouped.long()]
+        values = table.float().index_select(0, grouped.flatten().int()).view(grouped.shape)
     else:
         values = grouped.float() - (zero if isinstance(zero, float) else zero.float().unsqueeze(2))
     return rows(values * scale.float().unsqueeze(2), codes.shape[1])

@@ -16,7 +16,6 @@ from weightsmith.quantize import _grid
     paper="arXiv:2212.09720",
     laws=[at_most_levels()],
     roles="attention.*|mlp.*|expert.*|linear|conv*|ssm.input|ssm.output",
-    except_for={"decoding_settles": "the quantile grid is fitted anew to the decoded weight; the others settle"},
 )
 class blockwise:
     r"""Round each weight to the nearest level of a grid scaled to its group.
@@ -42,7 +41,7 @@ class blockwise:
     """
 
     bits: Annotated[int, Interval(ge=2, le=8)] = 4
-    group_size: Annotated[int, Ge(1)] | None = 64
+    group_size: Annotated[int, Ge(2)] | None = 64
     grid: _grid.Grid = "int"
 
     def encode(self, w: Float[Tensor, "out in"]) -> dict[str, Tensor]:

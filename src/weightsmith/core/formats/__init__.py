@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from weightsmith.core.errors import InputError, first_few
-from weightsmith.core.formats.files import listing, near, read_start
+from weightsmith.core.formats.files import listing, near, read_start, unreadable
 from weightsmith.core.weights import Weights
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -17,15 +17,19 @@ def open_path(path: str | Path, *, allow_pickle: bool = False, revision: str | N
     text, place = os.fspath(path), Path(path)
     if "\0" in text:
         raise InputError(f"{text!r} is no path")
-    if not os.path.lexists(place):
+    try:
+        os.lstat(text)
+    except (FileNotFoundError, NotADirectoryError):
         if _HUB_ID.fullmatch(text) and not text.lower().endswith((".safetensors", ".gguf", *_TORCH_SUFFIXES)):
             from weightsmith.core.formats.hub import open_hub
 
             return open_hub(text, revision=revision)
-        raise InputError("there is nothing", where=text, hint=near(place))
+        raise InputError("there is nothing", where=text, hint=near(place)) from None
+    except OSError as error:
+        raise unreadable(place, error) from None
     if revision is not None:
         raise InputError(f"revision = {revision}: only hub repositories have revisions", where=text)
-    if place.is_dir():
+    if os.path.isdir(place):
         return _open_folder(place, allow_pickle)
     start = read_start(place, 8)
     if start.startswith(b"GGUF"):

@@ -4,6 +4,7 @@ import errno
 import json
 import mmap
 import os
+import re
 import stat
 import sys
 import threading
@@ -15,13 +16,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.core.errors import FormatError, InputError
+from weightsmith.core.errors import FormatError, InputError, first_few
 
 if TYPE_CHECKING:
     import numpy
 
 SMALL_JSON = 10_000_000
 """Most bytes of a config or an index."""
+
+FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""What no tensor's name may hold: it is printed, and written again."""
 
 RELEASE = 16 << 20
 """Bytes handed out between two releases of resident pages."""
@@ -70,8 +74,8 @@ class Mapped:
 
     def release(self, begin: int, end: int) -> None:
         """Give back the pages of a range. They are clean: who still looks at them reads the file again."""
-        if self._map is not None:
-            _release(self._map, begin, end)
+        if (mapped := self._map) is not None:
+            _release(mapped, begin, end)
 
     def _mapped(self) -> mmap.mmap:
         mapped = self._map
@@ -159,20 +163,20 @@ def read_start(path: str | Path, length: int) -> bytes:
     """The first `length` bytes of a regular file, or fewer when it is shorter."""
     descriptor, _ = open_regular(path)
     try:
-        return read_at(descriptor, length, 0)
+        return read_at(descriptor, length, 0, path)
     finally:
         os.close(descriptor)
 
 
-def read_at(descriptor: int, length: int, offset: int) -> bytes:
-    """Bytes at an offset; fewer only at the end of the file."""
+def read_at(descriptor: int, length: int, offset: int, path: str | Path) -> bytes:
+    """Bytes at an offset of the open file `path`; fewer only at its end."""
     pieces = []
-    while length > 0:
-        piece = os.pread(descriptor, min(length, 1 << 30), offset)
-        if not piece:
-            break
-        pieces.append(piece)
-        length, offset = length - len(piece), offset + len(piece)
+    try:
+        while length > 0 and (piece := os.pread(descriptor, min(length, 1 << 30), offset)):
+            pieces.append(piece)
+            length, offset = length - len(piece), offset + len(piece)
+    except OSError as error:
+        raise unreadable(path, error) from None
     return b"".join(pieces)
 
 
@@ -182,7 +186,7 @@ def read_json(path: Path, what: str, *, unique: bool = False) -> dict[str, Any]:
     try:
         if state.st_size > SMALL_JSON:
             raise FormatError(f"{state.st_size:,} bytes: {what} has at most {SMALL_JSON:,}", where=path)
-        raw = read_at(descriptor, state.st_size, 0)
+        raw = read_at(descriptor, state.st_size, 0, path)
     finally:
         os.close(descriptor)
     return parse_object(raw, what, path, **({"object_pairs_hook": unique_keys} if unique else {}))
@@ -230,6 +234,41 @@ def resolve_inside(folder: Path, name: str) -> Path:
     raise FormatError(f"`{name}` is a link that leaves the folder, to {target}", where=folder, hint="copy the file in")
 
 
+def read_index(folder: Path, name: str, suffix: str) -> dict[str, str]:
+    """The `weight_map` of an index: tensor -> file beside it, all of them there.
+
+    Raises:
+        FormatError: the index is malformed, or names something that is no plain file name ending in `suffix`.
+        InputError: files are missing.
+    """
+    table = read_json(resolve_inside(folder, name), "the index", unique=True).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise FormatError("the index has no `weight_map`", where=folder / name)
+    plain = re.compile(rf"[A-Za-z0-9._-]+\.{suffix}")
+    for key, value in table.items():
+        if not isinstance(value, str) or not plain.fullmatch(value):
+            raise FormatError(
+                f"`{key}` should be in {value!r}, which names no .{suffix} file beside it", where=folder / name
+            )
+    present = set(listing(folder))
+    missing = [file for file in dict.fromkeys(table.values()) if file not in present]
+    if missing:
+        raise InputError(
+            f"{len(missing)} files of the index are missing\n{first_few(missing)}",
+            where=folder,
+            hint="fetch them, or run the job that writes this folder again",
+        )
+    return table
+
+
+def check_index(table: Mapping[str, str], holds: Mapping[str, str], folder: Path) -> None:
+    """Refuse an index that disagrees with what its files hold (tensor -> file)."""
+    wrong = [f"`{key}`: not in {file}" for key, file in table.items() if holds.get(key) != file]
+    wrong += [f"`{key}`: in {file}, not in the index" for key, file in holds.items() if key not in table]
+    if wrong:
+        raise FormatError(f"the index and its files disagree on {len(wrong)} tensors\n{first_few(wrong)}", where=folder)
+
+
 def config_of(folder: Path) -> dict[str, Any]:
     """The folder's config.json as plain data; empty when there is none."""
     if not os.path.lexists(folder / "config.json"):
@@ -240,21 +279,21 @@ def config_of(folder: Path) -> dict[str, Any]:
 def assets_of(folder: Path) -> Mapping[str, Path]:
     """Config, tokenizer and the like in a folder: name -> file. Never code, never weights."""
     names = listing(folder)
-    names += [f"{name}/config.json" for name in names if fnmatchcase(name, "[0-9]_*") and (folder / name).is_dir()]
+    names += [f"{name}/config.json" for name in names if fnmatchcase(name, "[0-9]_*") and os.path.isdir(folder / name)]
     wanted = [
         name
         for name in sorted(names)
         if any(fnmatchcase(name, glob) for glob in ASSETS) and Path(name).suffix.lower() in _ASSET_SUFFIXES
     ]
-    return {name: resolve_inside(folder, name) for name in wanted if (folder / name).is_file()}
+    return {name: resolve_inside(folder, name) for name in wanted if os.path.isfile(folder / name)}
 
 
 def near(path: Path) -> str | None:
     """A hint naming what is there instead of a missing path."""
     parent = path.parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         return f"{parent} does not exist either"
-    names = [name for name in listing(parent) if not name.startswith(".")]
+    names = [name for name in os.listdir(parent) if not name.startswith(".")] if os.access(parent, os.R_OK) else []
     close = get_close_matches(path.name, names, n=3, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(f"`{parent / name}`" for name in close) + "?"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightsmith.core.arch import describe, tied
 from weightsmith.core.errors import FormatError, InputError
-from weightsmith.core.formats.files import RELEASE, Mapped, open_regular
+from weightsmith.core.formats.files import FORBIDDEN, RELEASE, Mapped, open_regular
 from weightsmith.core.weights import TILE, Origin, Spec, Weights
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ _TYPES: dict[int, tuple[str, int, int]] = {int(key): tuple(value) for key, value
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
-_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Entry(NamedTuple):
@@ -205,6 +204,9 @@ class Assets(Mapping[str, bytes]):
     def __init__(self, path: Path, config: Mapping[str, Any]):
         self._path, self._config = path, config
         self._files: dict[str, bytes] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Assets, (self._path, self._config)
 
     def __getitem__(self, name: str) -> bytes:
         return self._all()[name]
@@ -378,7 +380,7 @@ def _infos(cursor: _Cursor, count: int) -> dict[str, tuple[str, tuple[int, ...],
     infos: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
     for _ in range(count):
         name = cursor.text(MAX_NAME)
-        if name in infos or not name or _FORBIDDEN.search(name):
+        if name in infos or not name or FORBIDDEN.search(name):
             raise cursor.fail(f"a tensor is called {name!r}: twice, empty, or with control characters")
         dimensions = cursor.scalar("I")
         if dimensions > MAX_DIMENSIONS:

@@ -1,7 +1,7 @@
 """PEFT's adapter folders: adapter_config.json and adapter_model.safetensors, read and written.
 
 PEFT's LORA is read and written: pairs of factors, also of embeddings, convolutions and transformers' Conv1D. The
-parametrization it belongs to says so itself, with `peft = "LORA"`, hyperparameters `rank` and `alpha`, theta `a` and `b`.
+parametrization it belongs to says so itself: `peft = "LORA"`, hyperparameters `rank` and `alpha`, theta `a` and `b`.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightsmith.core.arch import describe
 from weightsmith.core.errors import FormatError, InputError, MethodError, RunError, first_few
-from weightsmith.core.formats.files import listing, read_json, resolve_inside
+from weightsmith.core.formats.files import listing, parse_object, read_json, resolve_inside
 from weightsmith.core.weights import Memory, Origin, Spec, Weights
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ def open_adapter(path: str | Path) -> Weights:
 
     folder = Path(path)
     if TENSORS not in listing(folder):
-        raise FormatError(f"no {TENSORS} in this folder", where=folder,
-                          hint="if there is a pickled adapter_model.bin, load it with PEFT and save it again")  # fmt: skip
+        hint = "if there is a pickled adapter_model.bin, load it with PEFT and save it again"
+        raise FormatError(f"no {TENSORS} in this folder", where=folder, hint=hint)
     config = read_json(resolve_inside(folder, CONFIG), "the adapter's config")
     return PeftAdapter(folder, config, SafetensorsFile(resolve_inside(folder, TENSORS)))
 
@@ -81,12 +81,15 @@ class PeftAdapter(Weights):
         self._specs = describe({n: (s, file.spec(self._stored[n].name).dtype) for n, s in shapes.items()}, {})
         made = {}
         for weight in dict.fromkeys(name.rpartition(".")[0] for name in shapes):
-            values = card(method).validate(_values(weight.removesuffix(".weight"), config, folder), where=folder / CONFIG)
+            values = _values(weight.removesuffix(".weight"), config, folder)
+            values = card(method).validate(values, where=folder / CONFIG)
             if (rank := shapes.get(f"{weight}.a", (0,))[0]) != values["rank"]:
                 raise FormatError(f"`{weight}` has rank {rank}, the config says {values['rank']}", where=folder)
+            if config.get("use_rslora"):
+                values["alpha"] *= rank**0.5
             made[weight] = method(**values)
-        ours = json.loads(file.origin.metadata[KEY]) if KEY in file.origin.metadata else {}
-        seed = ours["seed"] if isinstance(ours, dict) and isinstance(ours.get("seed"), int) else 0
+        ours = parse_object(file.origin.metadata.get(KEY, "{}").encode(), "the adapter's description", folder)
+        seed = ours["seed"] if isinstance(ours.get("seed"), int) else 0
         metadata = described(made, seed=seed, modules=modules).metadata
         self.origin = Origin(str(folder), (str(folder / CONFIG), *file.origin.files), metadata=metadata, format="peft")
 
@@ -139,7 +142,7 @@ def save_adapter(
     known = known or getattr(getattr(model, "config", None), "name_or_path", None)
     hashed = {Path(f).name: content_hash(f) for f in (base.origin.files if isinstance(base, Weights) else ())}
     about["base"] = {"path": str(known) if known else None, "sha256": hashed}
-    tensors, transposed = _packed(adapter, about["modules"])
+    tensors, transposed = _packed(adapter, about.get("modules") or {})
     task = next((t for end, t in _TASKS.items() if type(model).__name__.endswith(end)), None)
     config = {
         **_config(made),
@@ -160,8 +163,11 @@ def _method(kind: object, folder: Path) -> Any:
     name = kind.lower() if isinstance(kind, str) and re.fullmatch(r"[A-Z][A-Z0-9]*", kind) else "unknown"
     method = getattr(import_module("weightsmith.adapt"), name, None)
     if kind is None or getattr(method, "peft", None) != kind:
-        raise MethodError(f"PEFT's {kind!r} adapters are not read", where=folder,
-                          hint="LORA is; PEFT makes that of many others: peft.convert_to_lora(model)")  # fmt: skip
+        raise MethodError(
+            f"PEFT's {kind!r} adapters are not read",
+            where=folder,
+            hint="LORA is; PEFT makes that of many others: peft.convert_to_lora(model)",
+        )
     return method
 
 
@@ -173,8 +179,11 @@ def _refuse(config: Mapping[str, Any], folder: Path) -> None:
     if config.get("init_lora_weights", True) not in _STARTS:
         odd["init_lora_weights"] = config["init_lora_weights"]
     for key, value in odd.items():
-        raise MethodError(f"the adapter uses `{key}` = {value!r}, which is not read", where=folder / CONFIG,
-                          hint="merge it with PEFT: model.merge_and_unload()")  # fmt: skip
+        raise MethodError(
+            f"the adapter uses `{key}` = {value!r}, which is not read",
+            where=folder / CONFIG,
+            hint="merge it with PEFT: model.merge_and_unload()",
+        )
 
 
 def _stored(file: Weights, config: Mapping[str, Any], folder: Path) -> tuple[dict[str, Stored], dict[str, list[Any]]]:
@@ -187,7 +196,10 @@ def _stored(file: Weights, config: Mapping[str, Any], folder: Path) -> tuple[dic
         if match and 2 <= len(shape) <= 5:
             weight, embedding = f"{match[1]}.weight", "embedding" in match[2]
             turned = embedding or (bool(config.get("fan_in_fan_out")) and len(shape) == 2)
-            found[f"{weight}.{'a' if ('A' in match[2]) != turned else 'b'}"] = Stored(name, turned)
+            ours = f"{weight}.{'a' if ('A' in match[2]) != turned else 'b'}"
+            if ours in found:
+                strange.append(f"`{name}` and `{found[ours].name}`")
+            found[ours] = Stored(name, turned)
             if turned:
                 modules[weight] = ["Embedding" if embedding else "Conv1D"]
             elif len(shape) > 2 and "A" in match[2]:
@@ -217,13 +229,14 @@ def _values(module: str, config: Mapping[str, Any], folder: Path) -> dict[str, A
         for pattern, value in patterns.items():
             name = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
             if not re.fullmatch(r"[\w.-]+", name):
-                raise MethodError(f"the pattern {pattern!r} is not the name of a module", where=folder / CONFIG,
-                                  hint="write the modules' names out")  # fmt: skip
+                raise MethodError(
+                    f"the pattern {pattern!r} is not the name of a module",
+                    where=folder / CONFIG,
+                    hint="write the modules' names out",
+                )
             if f".{module}".endswith(f".{name}"):
                 values[key] = value
                 break
-    if config.get("use_rslora") and all(isinstance(v, int | float) and v > 0 for v in values.values()):
-        values["alpha"] *= values["rank"] ** 0.5
     return values
 
 
@@ -257,7 +270,8 @@ def _packed(adapter: Weights, modules: Mapping[str, list[Any]]) -> tuple[Memory,
     for name in adapter:
         weight, _, key = name.rpartition(".")
         if not weight.endswith(".weight"):
-            raise MethodError(f"`{weight}`: PEFT keeps LoRA for weights of modules only", hint="bake(model), and save that")
+            hint = "bake(model), and save that"
+            raise MethodError(f"`{weight}`: PEFT keeps LoRA for weights of modules only", hint=hint)
         kind, *kernel = modules.get(weight, ["Linear"])
         tensor, turned = adapter.read(name).detach().cpu(), kind in ("Embedding", "Conv1D")
         tensor, letter = (tensor.T, "AB"[key == "a"]) if turned else (tensor, "AB"[key == "b"])
@@ -272,17 +286,18 @@ def _targets(made: Mapping[str, Any], model: "nn.Module | None") -> list[str]:
     """Names of the adapted modules: their last parts where these mean no other module, else in full."""
     names = [name.removesuffix(".weight") for name in made]
     ends = sorted({name.rpartition(".")[2] for name in names})
-    others = [] if model is None else [name for name, _ in model.named_modules() if "parametrizations" not in name.split(".")]
-    if model is None or any(name.rpartition(".")[2] in ends for name in others if name not in names):
+    if model is None:
         return names
-    return ends
+    others = {name for name, _ in model.named_modules() if "parametrizations" not in name.split(".")} - set(names)
+    return names if any(name.rpartition(".")[2] in ends for name in others) else ends
 
 
 def _write(out: Path, tensors: Weights, metadata: Mapping[str, str], config: str) -> None:
     """Make the folder beside its place and move it there when it is whole."""
-    from weightsmith.core.formats.safetensors import header
-
     import torch
+
+    from weightsmith.core.formats.safetensors import header
+    from weightsmith.core.run import sync_folder
 
     out.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -298,6 +313,8 @@ def _write(out: Path, tensors: Weights, metadata: Mapping[str, str], config: str
                 os.fsync(file.fileno())
         if out.exists():
             os.replace(out, stage / "old")
+        sync_folder(made)
         os.replace(made, out)
+        sync_folder(out.parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)

@@ -19,15 +19,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weightsmith.core.arch import describe, tied
 from weightsmith.core.errors import FormatError, InputError, first_few
 from weightsmith.core.formats.files import (
+    FORBIDDEN,
     RELEASE,
     Mapped,
     assets_of,
+    check_index,
     config_of,
     identity,
     listing,
     open_regular,
     parse_object,
     read_at,
+    read_index,
     read_json,
     resolve_inside,
     unique_keys,
@@ -49,9 +52,7 @@ DTYPES = {
 """The format's names of dtypes -> torch's."""
 
 _NAMES = {ours: theirs for theirs, ours in DTYPES.items()}
-_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
-_SHARD = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
 _FIELDS = frozenset(("dtype", "shape", "data_offsets"))
 _MAGIC = {b"PK": "a PyTorch file", b"\x80": "a pickle", b"\x89HDF": "HDF5", b"version ": "a pointer of Git LFS"}
 
@@ -196,7 +197,7 @@ def header(specs: Sequence[Spec], metadata: Mapping[str, str]) -> tuple[bytes, d
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for spec in specs:
-        if spec.name in entries or spec.name == "__metadata__" or not spec.name or _FORBIDDEN.search(spec.name):
+        if spec.name in entries or spec.name == "__metadata__" or not spec.name or FORBIDDEN.search(spec.name):
             raise InputError(f"safetensors cannot hold a tensor called {spec.name!r} here", hint="rename it")
         if spec.dtype not in _NAMES:
             raise InputError(
@@ -218,9 +219,9 @@ def fingerprint(path: str | Path) -> dict[str, int | str]:
     """Cheap identity of a file: size, time, inode and a hash of its header (of the first MiB in other formats)."""
     descriptor, state = open_regular(path)
     try:
-        start = read_at(descriptor, 8, 0)
+        start = read_at(descriptor, 8, 0, path)
         length = 8 + int.from_bytes(start, "little") if Path(path).suffix == ".safetensors" else 1 << 20
-        digest = hashlib.sha256(read_at(descriptor, min(length, MAX_HEADER + 8), 0)).hexdigest()
+        digest = hashlib.sha256(read_at(descriptor, min(length, MAX_HEADER + 8), 0, path)).hexdigest()
     finally:
         os.close(descriptor)
     return {"size": state.st_size, "mtime_ns": state.st_mtime_ns, "inode": state.st_ino, "header": digest}
@@ -258,12 +259,13 @@ def _parse(descriptor: int, size: int, path: Path) -> tuple[dict[str, Entry], di
     """The header of an open file: entries in the order of their bytes, and metadata."""
     if size < 8:
         raise FormatError(f"truncated: {size} bytes, and the header's length alone takes 8", where=path)
-    length = int.from_bytes(read_at(descriptor, 8, 0), "little")
+    length = int.from_bytes(read_at(descriptor, 8, 0, path), "little")
     if length > MAX_HEADER:
         raise FormatError(f"a header of {length:,} bytes: at most {MAX_HEADER:,}", where=path, hint=_other_kind(length))
     if length > size - 8:
-        raise FormatError(f"truncated: a header of {length:,} bytes in a file of {size:,}", where=path)
-    raw = read_at(descriptor, length, 8)
+        message = f"truncated: a header of {length:,} bytes in a file of {size:,}"
+        raise FormatError(message, where=path, hint=_other_kind(length))
+    raw = read_at(descriptor, length, 8, path)
     if raw[:1] != b"{":
         raise FormatError("the header does not begin with `{`", where=path)
     if raw.count(b'"dtype"') > MAX_TENSORS:
@@ -272,6 +274,8 @@ def _parse(descriptor: int, size: int, path: Path) -> tuple[dict[str, Entry], di
     if raw[-1:] != b"}":
         raise FormatError("the header does not end with `}` and spaces", where=path)
     table = parse_object(raw, "the header", path, **_STRICT)
+    if len(table) > MAX_TENSORS + 1:
+        raise FormatError(f"more than {MAX_TENSORS:,} tensors", where=path)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError("`__metadata__` is not a mapping of strings", where=path)
@@ -293,7 +297,7 @@ def _parse(descriptor: int, size: int, path: Path) -> tuple[dict[str, Entry], di
 
 
 def _entry(name: str, value: Any, start: int, path: Path) -> Entry:
-    if not name or _FORBIDDEN.search(name):
+    if not name or FORBIDDEN.search(name):
         raise FormatError(f"a tensor is called {name!r}: empty, or with control characters", where=path)
     where = f"{path}: {name}"
     if not isinstance(value, dict) or value.keys() != _FIELDS:
@@ -345,32 +349,11 @@ def _other_kind(length: int) -> str | None:
 
 def _indexed(folder: Path, name: str) -> list[Shard]:
     """The shards an index names, agreeing with it key by key."""
-    path = folder / name
-    index = read_json(resolve_inside(folder, name), "the index", unique=True)
-    table = index.get("weight_map")
-    if not isinstance(table, dict) or not table:
-        raise FormatError("the index has no `weight_map`", where=path)
-    for key, value in table.items():
-        if not isinstance(value, str) or not _SHARD.fullmatch(value):
-            raise FormatError(
-                f"`{key}` is said to be in {value!r}: not the name of a safetensors file beside it", where=path
-            )
-    present = set(listing(folder))
-    missing = [shard for shard in dict.fromkeys(table.values()) if shard not in present]
-    if missing:
-        raise InputError(
-            f"{len(missing)} shards of the index are missing\n{first_few(missing)}",
-            where=folder,
-            hint="fetch them, or run the job that writes this folder again",
-        )
+    table = read_index(folder, name, "safetensors")
     names = sorted(set(table.values()))
     shards = [Shard(resolve_inside(folder, shard)) for shard in names]
     _no_twins(shards, folder)
-    holds = {key: shard for shard, opened in zip(names, shards, strict=True) for key in opened.entries}
-    wrong = [f"`{key}`: not in {value}" for key, value in table.items() if holds.get(key) != value]
-    wrong += [f"`{key}`: in {shard}, not in the index" for key, shard in holds.items() if key not in table]
-    if wrong:
-        raise FormatError(f"the index and its shards disagree on {len(wrong)} tensors\n{first_few(wrong)}", where=path)
+    check_index(table, {key: shard for shard, file in zip(names, shards, strict=True) for key in file.entries}, folder)
     return shards
 
 

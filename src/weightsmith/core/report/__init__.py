@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from weightsmith.core.errors import FormatError, InputError, RunError
+from weightsmith.core.report.layers import by_layer
 from weightsmith.core.report.records import (
     KINDS,
     Claim,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KINDS", "Claim", "File", "Histogram", "Layers", "Note", "Record", "Report", "Run", "Score", "Source", "Spectrum",
-    "Step", "terminal_table", "text_table",
+    "Step", "by_layer", "terminal_table", "text_table",
 ]  # fmt: skip
 
 LIMIT = 256 << 20

@@ -11,7 +11,7 @@ from weightsmith.core.report.svg import LEVELS, Scale, axis_x, axis_y, label, ma
 from weightsmith.core.report.words import number, printable, short
 
 ROW = 34
-CHAR = 6.6
+CHAR = 7.2
 """Height of a row, and the usual width of a letter, in picture units."""
 
 
@@ -44,13 +44,14 @@ def dots(
         axis_x(scale, 30, bottom),
         *(label(row, left, _row(i) + 4, "end", "row", 22) for i, row in enumerate(rows)),
     ]
-    for k, (s, x) in enumerate(zip(series, _key_places([s.name for s in series], left + 38), strict=True)):
+    keys = _keys([s.name for s in series], left + 38, width)
+    for k, (s, (x, y)) in enumerate(zip(series, keys, strict=True)):
         points = {i: (scale(v), _row(i)) for i, v in enumerate(s.values) if v is not None}
         if 0 in points:
             marks.append(path([(points[0][0], 30), (points[0][0], bottom)], f"guide s{k % 8}"))
         joined = [path([points[a], points[b]], "") for a, b in links if a in points and b in points]
-        marks += [tag("g", *joined, class_=f"line s{k % 8}"), marker(k, x, 10, f"dot s{k % 8}", s.name)]
-        marks.append(label(s.name, x + 11, 14, kind="key", limit=24))
+        marks += [tag("g", *joined, class_=f"line s{k % 8}"), marker(k, x, y, f"dot s{k % 8}", s.name)]
+        marks.append(label(s.name, x + 11, y + 4, kind="key", limit=24))
     for i, row in enumerate(rows):
         here = sorted((v, k) for k, s in enumerate(series) if (v := s.values[i]) is not None)
         for place, (v, k) in enumerate(here):
@@ -60,7 +61,7 @@ def dots(
             elif place == 0:
                 marks.append(label(number(v), scale(v) - 10, _row(i) + 4, "end", "value"))
     about = "; ".join(f"{s.name}: " + ", ".join(number(v) for v in s.values) for s in series)
-    return picture(width, bottom + 18, f"{title} of every stage", about, *marks, kind="dots")
+    return picture(width, bottom + 18, f"{title} of every stage", about, *marks, kind="dots", above=_above(keys))
 
 
 def bars(
@@ -89,16 +90,28 @@ def _row(i: int) -> float:
     return 34 + ROW * (i + 0.5)
 
 
-def _key_places(names: Sequence[str], start: float) -> list[float]:
-    places = [start]
+def _keys(names: Sequence[str], start: float, end: float) -> list[tuple[float, float]]:
+    """Places for the names of the series, on one line or several, of which the last stands at 10."""
+    places, x, y = [], start, 10.0
     for name in names:
-        places.append(places[-1] + 34 + CHAR * min(len(printable(name)), 24))
-    return places[:-1]
+        space = 24 + CHAR * min(len(printable(name)), 24)
+        if x > start and x + space > end:
+            x, y = start, y + 17
+        places.append((x, y))
+        x += space + 10
+    return [(x, line - y + 10) for x, line in places]
+
+
+def _above(keys: Sequence[tuple[float, float]]) -> float:
+    return 10 - min((y for _, y in keys), default=10)
 
 
 @dataclass(frozen=True)
 class Shades:
-    """How numbers become shades: equal steps, or equal ratios when the numbers span more than a factor of thirty."""
+    """How numbers become shades: equal steps, or equal ratios when they span more than a factor of thirty.
+
+    Shades start at zero, unless the numbers are so close together that they would all look the same.
+    """
 
     low: float
     high: float
@@ -109,21 +122,24 @@ class Shades:
         """Shades that fit all of `values`."""
         positive = sorted(v for v in values if v > 0)
         if not positive:
-            return cls(min(values, default=0.0), 1.0, log=False)
+            return cls(min(values, default=0.0), max(values, default=1.0), log=False)
         low, high = positive[len(positive) // 50], positive[-1]
         log = high / low > 30 and min(values) >= 0
-        return cls(max(low, high / 1e4) if log else min(0.0, *values), high, log=log)
+        if log:
+            return cls(max(low, high / 1e4), high, log=True)
+        least = min(values)
+        return cls(least if least > high / 2 else min(0.0, least), high, log=False)
 
     def __call__(self, value: float) -> int:
         shade = int(Scale(self.low, self.high, 0, LEVELS, log=self.log)(value))
         return min(shade, LEVELS - 1)
 
 
-def heat(
-    title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], shades: Shades
-) -> Markup:
-    """A row a role, a column a layer, a shade a number."""
+def heat(title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]]) -> Markup:
+    """A row a role, a column a layer, a shade a number; a key beneath."""
     width, high = 440, 20
+    known = [v for line in values for v in line if v is not None]
+    shades = Shades.of(known)
     left = _margin([short(row, 20) for row in rows])
     cell = (width - left) / max(len(columns), 1)
     marks = []
@@ -134,7 +150,7 @@ def heat(
                 tip = tag("title", f"{row} · {column}: {number(v)}")
                 cells.append(tag("rect", tip, x=left + j * cell, width=cell * 0.92, class_=f"h{shades(v)}"))
         marks.append(label(row, left - 8, i * high + 14, "end", "row", 20))
-        marks.append(tag("g", *cells, transform=f"translate(0 {i * high})"))
+        marks.append(tag("g", *cells, transform=f"translate(0 {i * high})", class_="cells"))
     bottom, widest = high * len(rows), max((len(c) for c in columns), default=1)
     step = max(1, math.ceil((min(widest, 12) + 1.5) * CHAR / cell))
     marks += [
@@ -142,17 +158,16 @@ def heat(
         for j, column in enumerate(columns)
         if j % step == 0
     ]
-    known = [v for line in values for v in line if v is not None]
+    marks += _key(shades, left, bottom + 26)
     span = f", from {number(min(known))} to {number(max(known))}" if known else ""
-    return picture(width, bottom + 20, title, f"{len(rows)} roles by {len(columns)} layers{span}", *marks, kind="heat")
+    return picture(width, bottom + 38, title, f"{len(rows)} roles by {len(columns)} layers{span}", *marks, kind="heat")
 
 
-def ramp(shades: Shades) -> Markup:
-    """The key of a heat map."""
-    boxes = [tag("rect", x=i * 18, y=0, width=17, height=10, class_=f"h{i}") for i in range(LEVELS)]
-    low, high = number(shades.low), number(shades.high)
-    ends = [label(low, 0, 25), label(high, LEVELS * 18 - 1, 25, "end")]
-    return picture(LEVELS * 18, 28, "Key of the shades", f"{low} to {high}", *boxes, *ends, kind="ramp")
+def _key(shades: Shades, left: float, top: float) -> list[Markup]:
+    start = left + CHAR * len(number(shades.low)) + 6
+    boxes = [tag("rect", x=start + i * 14, y=top, width=13, height=9, class_=f"h{i}") for i in range(LEVELS)]
+    ends = (label(number(shades.low), left, top + 9), label(number(shades.high), start + LEVELS * 14 + 6, top + 9))
+    return [*boxes, *ends, *([label("logarithmic", 440, top + 9, "end")] if shades.log else [])]
 
 
 def histogram(title: str, edges: Sequence[float], series: Sequence[Series], *, width: float = 420) -> Markup:
@@ -170,25 +185,31 @@ def histogram(title: str, edges: Sequence[float], series: Sequence[Series], *, w
                 path([(place, top), (place, bottom)], "mark", tip),
                 label(name, place + 5 * sign, top + 9, anchor),
             ]
-    for k, (s, place) in enumerate(zip(series, _key_places([s.name for s in series], left + 8), strict=True)):
+    keys = _keys([s.name for s in series], left + 8, width)
+    for k, (s, (place, line)) in enumerate(zip(series, keys, strict=True)):
         kind = f"{'area' if k == 0 else 'over'} s{k % 8}"
         marks.append(tag("path", tag("title", s.name), d=_skyline(x, y, bottom, edges, s.values), class_=kind))
-        marks.append(tag("rect", x=place - 5, y=4, width=12, height=10, class_=kind))
-        marks.append(label(s.name, place + 12, 13, kind="key", limit=24))
+        marks.append(tag("rect", x=place - 5, y=line - 6, width=12, height=10, class_=kind))
+        marks.append(label(s.name, place + 12, line + 3, kind="key", limit=24))
     about = "; ".join(
         f"{s.name}: {sum(c or 0 for c in s.values):,} weights, {sum(map(bool, s.values))} of {len(s.values)} bins used"
         for s in series
     )
-    return picture(width, bottom + 20, f"Weights of {title}", about, *marks, kind="histogram")
+    return picture(width, bottom + 20, f"Weights of {title}", about, *marks, kind="histogram", above=_above(keys))
 
 
 def _skyline(x: Scale, y: Scale, floor: float, edges: Sequence[float], counts: Sequence[float | None]) -> str:
-    drawn, height = f"M{x(edges[0]):.1f} {floor}", float(floor)
-    for edge, count in zip(edges[1:], counts, strict=True):
-        above = y(count) if count else floor
-        drawn += f"H{x(edge):.1f}" if above == height else f"V{above:.1f}H{x(edge):.1f}"
+    drawn, height = "", float(floor)
+    for start, end, count in zip(edges, edges[1:], counts, strict=False):
+        above = y(count) if count else float(floor)
+        if count and height == floor:
+            drawn += f"M{x(start):.1f} {floor}"
+        if above != height:
+            drawn += f"V{above:.1f}"
+        if count:
+            drawn += f"H{x(end):.1f}"
         height = above
-    return f"{drawn}V{floor}z"
+    return f"{drawn}V{floor}" if height != floor else drawn
 
 
 def spread(edges: Sequence[float], counts: Sequence[float | None]) -> float:

@@ -84,7 +84,11 @@ def _facts(report: Report, story: Story) -> list[str]:
             duration(run.seconds) if run.seconds is not None else "",
             f"peak memory {size(run.peak_bytes)}" if run.peak_bytes else "",
             days[-1] if days else "",
-            *(f"{name} {run.versions[name]}" for name in ("weightsmith", "torch") if name in run.versions),
+            *(
+                f"{name} {run.versions[name].split('+')[0]}"
+                for name in ("weightsmith", "torch")
+                if name in run.versions
+            ),
         )
         if fact
     ]
@@ -97,14 +101,20 @@ def _many(n: int, what: str) -> str:
 def _table(title: str, head: Iterable[str], rows: Iterable[Iterable[Any]]) -> dict[str, Any]:
     """Heads that start with `#` are columns of numbers."""
     heads = [{"text": h.removeprefix("#"), "num": h.startswith("#")} for h in head]
+    numbers = all(h["num"] for h in heads[1:])
     cells = [
         [
-            {"kind": "num" if h["num"] else "", "delta": "", "mood": "", **(c if isinstance(c, dict) else {"text": c})}
+            {
+                "kind": "num" * (h["num"] and not numbers),
+                "delta": "",
+                "mood": "",
+                **(c if isinstance(c, dict) else {"text": c}),
+            }
             for h, c in zip(heads, row, strict=True)
         ]
         for row in rows
     ]
-    return {"title": title, "head": heads, "rows": cells}
+    return {"title": title, "head": heads, "rows": cells, "numbers": numbers}
 
 
 def _score(story: Story, column: Column, stage: Stage) -> dict[str, Any]:
@@ -118,8 +128,8 @@ def _score(story: Story, column: Column, stage: Stage) -> dict[str, Any]:
 
 def _bytes(story: Story, stage: Stage) -> dict[str, Any]:
     before, after = (story.base.step.bytes if story.base else None), stage.step.bytes
-    changed = before and after and before != after
-    return {"text": size(after), "delta": percent(after / before - 1) if changed else "", "mood": ""}
+    delta = percent(after / before - 1) if before and after and before != after else ""
+    return {"text": size(after), "delta": delta, "mood": ""}
 
 
 def _pipeline(report: Report, story: Story) -> Iterable[dict[str, Any]]:
@@ -142,7 +152,7 @@ def _pipeline(report: Report, story: Story) -> Iterable[dict[str, Any]]:
     yield {
         "id": "pipeline",
         "title": "Along the pipeline",
-        "about": f"Changes are against {first}." if len(stages) > 1 and story.columns else "",
+        "about": f"The changes in the table are against {first}." if len(stages) > 1 and story.columns else "",
         "pictures": pictures,
         "wide": len(pictures) == 2,
         "table": _stages(story),
@@ -197,25 +207,24 @@ def _layers(report: Report, story: Story) -> Iterable[dict[str, Any]]:
     for record in report.all(Layers):
         by_unit.setdefault(record.unit, []).append(record)
     for i, (unit, records) in enumerate(by_unit.items()):
-        known = [v for record in records for row in record.values for v in row if v is not None and math.isfinite(v)]
-        shades = charts.Shades.of(known or [0.0])
         pictures = []
         for record in records:
-            rows, columns, values, averaged = aggregate(record)
-            svg = charts.heat(f"{record.name}: {unit}", rows, columns, values, shades)
-            table = _table(
-                record.name,
-                ["Role", *(f"#{c}" for c in columns)],
-                [[r, *map(number, v)] for r, v in zip(rows, values, strict=True)],
+            rows, columns, values, told = aggregate(record)
+            known = [v for row in values for v in row if v is not None]
+            lines = [[row, *map(number, line)] for row, line in zip(rows, values, strict=True)]
+            pictures.append(
+                {
+                    "title": record.name,
+                    "about": "; ".join([f"mean {number(_mean(known))}", *told]),
+                    "svg": charts.heat(f"{record.name}: {unit}", rows, columns, values),
+                    "table": _table(record.name, ["Role", *(f"#{column}" for column in columns)], lines),
+                }
             )
-            pictures.append({"title": record.name, "about": averaged, "svg": svg, "table": table})
-        yield {
-            "id": f"layers-{i}", "title": f"Layer by layer: {unit}", "pictures": pictures, "key": charts.ramp(shades),
-            "about": f"A row is a role, a column a layer. All pictures share one {'logarithmic ' * shades.log}scale.",
-        }  # fmt: skip
+        about = "A row is a role, a column a layer. Each picture has its own scale, which stands beneath it."
+        yield {"id": f"layers-{i}", "title": f"Layer by layer: {unit}", "about": about, "pictures": pictures}
 
 
-def aggregate(record: Layers) -> tuple[list[str], list[str], list[list[float | None]], str]:
+def aggregate(record: Layers) -> tuple[list[str], list[str], list[list[float | None]], list[str]]:
     """Rows, columns and values of a heat map small enough to read, and how they were made."""
     rows, columns = list(record.rows), [str(c) for c in record.columns]
     values = [[v if v is not None and math.isfinite(v) else None for v in row] for row in record.values]
@@ -230,7 +239,7 @@ def aggregate(record: Layers) -> tuple[list[str], list[str], list[list[float | N
         told.append(f"the last row is the average of {len(rows) - ROWS + 1} roles")
         rest = [_mean(column) for column in zip(*values[ROWS - 1 :], strict=True)]
         rows, values = [*rows[: ROWS - 1], "others"], [*values[: ROWS - 1], rest]
-    return rows, columns, values, "; ".join(told)
+    return rows, columns, values, told
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -387,7 +396,7 @@ def _yaml(recipe: str | dict[str, Any]) -> str:
     return text.getvalue().rstrip()
 
 
-_BLANK: dict[str, Any] = dict.fromkeys(("about", "pictures", "wide", "key", "steps", "table", "notes", "blocks"), ())
+_BLANK: dict[str, Any] = dict.fromkeys(("about", "pictures", "wide", "steps", "table", "notes", "blocks"), ())
 
 
 def _filled(

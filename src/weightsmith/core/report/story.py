@@ -1,5 +1,6 @@
 """The story a report tells: its stages in order, compared with what they came from."""
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -95,13 +96,13 @@ class Story:
         better, worse, same = [], [], []
         for column in self.columns:
             before, after = against.scores.get(column), stage.scores.get(column)
-            if before is None or after is None:
+            if before is None or after is None or not math.isfinite(before) or math.isnan(after):
                 continue
             gain = column.gain(before, after)
             group = same if abs(gain) < SAME else better if gain > 0 else worse
-            group.append(
-                f"{abs(gain) * 100:.1f} % on {column.on or column.metric}" if group is not same else str(column)
-            )
+            factor = after / before if before > 0 else 1.0
+            amount = f"a factor of {number(factor)}" if gain < 0 and factor >= 2 else f"{abs(gain) * 100:.1f} %"
+            group.append(f"{amount} on {column.on or column.metric}")
         parts = ([f"gains {_and(better)}"] if better else []) + ([f"loses {_and(worse)}"] if worse else [])
         if not parts:
             return [f"No change against {against.name}."] if same else []
@@ -109,16 +110,19 @@ class Story:
         return [f"{said[0].upper()}{said[1:]} against {against.name}."]
 
     def _kept(self, stage: Stage, parents: list[Stage]) -> list[str]:
-        told, start = [], self.base
+        told: list[str] = []
         for column in self.columns:
-            scored = [p for p in parents if column in p.scores]
-            before, after = (start.scores.get(column) if start else None), stage.scores.get(column)
-            if not scored or before is None or after is None:
+            before = self.base.scores.get(column) if self.base else None
+            after = stage.scores.get(column)
+            reached = {parent.name: parent.scores[column] for parent in parents if column in parent.scores}
+            if not reached or before is None or after is None or not math.isfinite(before) or math.isnan(after):
                 continue
-            best = max(scored, key=lambda parent: column.gain(before, parent.scores[column]))
-            gained, kept = column.gain(before, best.scores[column]), column.gain(before, after)
-            if gained > SAME and best is not start:
-                told.append(f"{kept / gained * 100:.0f} % of what {best.name} gained on {column.on or column.metric}")
+            gains = {name: column.gain(before, value) for name, value in reached.items()}
+            best = max(gains, key=lambda name: gains[name])
+            gained, kept = gains[best], column.gain(before, after)
+            if gained > SAME:
+                share = f"{kept / gained * 100:.0f} %" if kept > 0 else "none"
+                told.append(f"{share} of what {best} gained on {column.on or column.metric}")
         return [f"Keeps {_and(told)}."] if told else []
 
 
@@ -134,7 +138,7 @@ def headline(story: Story) -> list[tuple[str, str, str]]:
             figures = f"{number(before)} → {number(last.scores[column])}"
             shown.append((str(column), figures, f"{percent(change)} from {first.name} to {last.name}"))
     before, after = first.step.bytes, last.step.bytes
-    if before and after:
+    if before and after and before != after:
         bits = f" · {last.step.bits:.2f} bits a weight" if last.step.bits else ""
         shown.append(("size", f"{size(before)} → {size(after)}", f"{percent(after / before - 1)}{bits}"))
     return shown

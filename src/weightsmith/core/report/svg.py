@@ -30,9 +30,9 @@ def _short(x: float) -> str:
     return f"{x:.1f}".removesuffix(".0").replace("-0", "0") if abs(x) < 0.1 else f"{x:.1f}".removesuffix(".0")
 
 
-def picture(width: float, height: float, title: str, about: str, *marks: Markup, kind: str = "") -> Markup:
+def picture(width: float, height: float, title: str, about: str, *marks: Markup, kind: str, above: float = 0) -> Markup:
     """The svg element, with a title and a description for those who cannot see it."""
-    box = f"0 0 {_short(width)} {_short(height)}"
+    box = f"0 {_short(-above)} {_short(width)} {_short(height + above)}"
     said = f"{title}: {about}"
     return tag(
         "svg", tag("title", title), tag("desc", about), *marks, viewBox=box, role="img", aria_label=said, class_=kind

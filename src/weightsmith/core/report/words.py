@@ -8,11 +8,11 @@ _EXPONENT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def printable(text: object) -> str:
-    """Text with control, direction-changing and invisible characters made visible, so that it cannot lie or act.
+    r"""Text with control, direction-changing and invisible characters made visible, so that it cannot lie or act.
 
     Example:
-        >>> printable("\x1b[31mred")
-        '\\x1b[31mred'
+        >>> print(printable(chr(27) + "[31mred"))
+        \x1b[31mred
     """
     return UNSAFE.sub(lambda m: m[0].encode("unicode_escape").decode(), str(text))
 
@@ -101,7 +101,7 @@ def duration(seconds: float | None) -> str:
     """A span of time.
 
     Example:
-        >>> duration(0.0421), duration(8.25), duration(151), duration(7300)
+        >>> duration(0.0421), duration(8.25), duration(151), duration(7320)
         ('42 ms', '8.2 s', '2 min 31 s', '2 h 2 min')
     """
     if seconds is None:

@@ -1,0 +1,211 @@
+"""3-bit quantisation of SmolLM2-135M: Weightsmith beside llm-compressor at its best setting, one thread each.
+
+The 210 linear layers (106.2 M weights) are quantised in groups of 64, embedding and head are left alone. Calibration is
+16 chunks of 512 tokens of Python's documentation, spread evenly over what follows the first 20 chunks; perplexity is
+that of the first 16 chunks, each on its own, by one float32 model for all. Every run is a process of its own that times
+the quantisation call in CPU seconds, without loading or evaluating. Bits count codes, zero points and 16-bit scales.
+
+    python benchmarks/gptq.py [--peer-python PATH]
+
+The peer is run by an interpreter that can import llmcompressor; without one the table says so.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+BITS, GROUP, CHUNKS, LENGTH = 3, 64, 16, 512
+COLUMNS = {"bits": "6.2f", "perplexity": "8.2f", "cpu": "7.1f", "us_per_weight": "9.3f", "peak_mib": "9.0f"}
+METHODS = {
+    "nearest": {"grid": "asymmetric"},
+    "gptq": {},
+    "gptq as in the paper": {"shrink": 0.0, "refit": False},
+}
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+PEER = """
+import json, resource, sys, time
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import GPTQModifier
+
+folder, out, bits, group, observer = sys.argv[1:]
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+ids = torch.load(folder + "/calibration.pt").tolist()
+data = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
+weights = QuantizationArgs(num_bits=int(bits), type="int", symmetric=False, strategy="group", group_size=int(group),
+                           observer=observer)
+recipe = GPTQModifier(config_groups={"g": QuantizationScheme(targets=["Linear"], weights=weights)}, ignore=["lm_head"])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.process_time()
+oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=512, num_calibration_samples=len(ids))
+cpu = time.process_time() - start
+torch.save({name: p.data.clone() for name, p in model.named_parameters() if name.endswith("_proj.weight")}, out)
+print("RESULT" + json.dumps({"cpu": cpu, "bits": int(bits) + (16 + int(bits)) / int(group),
+      "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "start_mib": before / 1024}))
+"""
+
+
+def text_ids():
+    """All topics of Python's documentation in sorted order, as chunks of tokens."""
+    from pydoc_data import topics
+
+    import torch
+
+    from weightsmith.lab.models import encode, tokenizer
+
+    ids = torch.tensor(encode(tokenizer(), "\n\n".join(topics.topics[key] for key in sorted(topics.topics))))
+    return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
+
+
+def calibration(chunks):
+    import torch
+
+    rest = chunks[20:]
+    return rest[torch.linspace(0, len(rest) - 1, CHUNKS).long()]
+
+
+def ours(method: str, precision: str, folder: str, out: str) -> dict:
+    """Quantise with a method of ours, layer after layer on inputs that passed the quantised ones."""
+    import torch
+
+    import weightsmith
+    from weightsmith.core.calibrate import live, sequential
+    from weightsmith.quantize import blockwise, gptq
+
+    torch.set_num_threads(1)
+    form = (blockwise if method == "nearest" else gptq)(bits=BITS, group_size=GROUP, **METHODS[method])
+    model = live(weightsmith.open(folder))
+    tokens = torch.load(f"{folder}/calibration.pt")
+    made, stored = {}, 0
+
+    def change(name, weight, stats):
+        nonlocal stored
+        theta = form.encode(weight, **stats)
+        stored += form.stored_bits(theta)
+        made[name] = form.decode(**theta)
+        return made[name]
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    if method == "nearest":
+        for name, weight in model.named_parameters():
+            if name.endswith("_proj.weight"):
+                change(name, weight, {})
+    else:
+        sequential(model, [tokens], change, where="attention.*|mlp.*", precision=precision)
+    cpu = time.process_time() - start
+    torch.save(made, out)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    count = sum(t.numel() for t in made.values())
+    return {"cpu": cpu, "bits": stored / count, "peak_mib": peak / 1024, "start_mib": before / 1024}
+
+
+def run(command: list[str]) -> dict:
+    environment = {**os.environ, **dict.fromkeys(THREADS, "1"), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    if done.returncode or not lines:
+        raise SystemExit(f"{' '.join(command[:3])} failed:\n{done.stderr[-2000:]}")
+    return json.loads(lines[-1].removeprefix("RESULT"))
+
+
+def prepare(folder: Path, chunks) -> None:
+    """The model as a float32 folder that both tools read, and the calibration tokens."""
+    import torch
+
+    from weightsmith.core.calibrate import live, quiet
+    from weightsmith.lab.models import smollm2
+
+    with quiet():
+        live(smollm2()).save_pretrained(folder)
+    torch.save(calibration(chunks), folder / "calibration.pt")
+
+
+def importable(python: str | None) -> bool:
+    found = python and subprocess.run([python, "-c", "import llmcompressor"], capture_output=True).returncode == 0
+    return bool(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--peer-python", default=sys.executable)
+    parser.add_argument("--precision", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--presets", action="store_true", help="the peer's preset too: min-max instead of MSE")
+    parser.add_argument("--only", help="run only the rows whose name holds this")
+    parser.add_argument("--child", nargs=4)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print("RESULT" + json.dumps(ours(*arguments.child)))
+        return
+
+    import torch
+
+    import weightsmith
+    from weightsmith.core.calibrate import live
+    from weightsmith.lab import environment
+    from weightsmith.measure import perplexity
+
+    torch.set_num_threads(1)
+    chunks = text_ids()
+    rows: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder, out = Path(name), Path(name) / "quantised.pt"
+        prepare(folder, chunks)
+        model = live(weightsmith.open(folder))
+        rows["float32"] = {"bits": 32.0, "perplexity": perplexity(model, chunks[:CHUNKS])}
+        commands = {
+            f"weightsmith {method}": [sys.executable, __file__, "--child", method, arguments.precision, name, str(out)]
+            for method in METHODS
+        }
+        if importable(arguments.peer_python):
+            observers = ("memoryless_mse", "memoryless_minmax") if arguments.presets else ("memoryless_mse",)
+            for observer in observers:
+                peer = [arguments.peer_python, "-c", PEER, name, str(out), str(BITS), str(GROUP), observer]
+                commands[f"llm-compressor gptq, {observer}"] = peer
+        else:
+            rows["llm-compressor gptq"] = {"not run": "llmcompressor cannot be imported; give --peer-python"}
+        for label, command in commands.items():
+            if arguments.only and arguments.only not in label:
+                continue
+            print(f"{label} ...", file=sys.stderr)
+            row = run(command)
+            quantised = torch.load(out)
+            count = sum(t.numel() for t in quantised.values())
+            model = live(weightsmith.open(folder))
+            for weight_name, weight in quantised.items():
+                model.get_parameter(weight_name).data = weight.float()
+            row |= {
+                "perplexity": perplexity(model, chunks[:CHUNKS]),
+                "weights": count,
+                "us_per_weight": row["cpu"] / count * 1e6,
+            }
+            rows[label] = row
+            print(f"{label}: {row}", file=sys.stderr)
+    print(f"{'':44} {'bits':>6} {'ppl':>8} {'CPU s':>7} {'us/weight':>9} {'peak MiB':>9}")
+    for label, row in rows.items():
+        cells = [
+            ("bits", "6.2f"),
+            ("perplexity", "8.2f"),
+            ("cpu", "7.1f"),
+            ("us_per_weight", "9.3f"),
+            ("peak_mib", "9.0f"),
+        ]
+        print(f"{label:44} " + " ".join(f"{row[k]:{f}}" if k in row else " " * int(f.split(".")[0]) for k, f in cells))
+    if arguments.only is None:
+        result = Path(__file__).resolve().parents[1] / "results" / "bench_gptq.json"
+        result.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

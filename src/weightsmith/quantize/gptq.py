@@ -1,0 +1,160 @@
+"""GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers (Frantar et al., ICLR 2023)."""
+
+import warnings
+from typing import Annotated
+
+import torch
+from annotated_types import Ge, Interval
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.nn.functional import pad
+
+from weightsmith.core.laws import levels
+from weightsmith.core.parametrization import parametrization
+from weightsmith.quantize import _grid
+
+BLOCK = 64
+"""Columns whose updates of the columns beyond them are gathered into one matrix product."""
+
+TRIED = 28
+"""Narrower ranges tried."""
+
+
+@parametrization(
+    paper="arXiv:2210.17323",
+    laws=[levels()],
+    roles="attention.*|mlp.*|expert.*|linear|conv*|ssm.input|ssm.output",
+    except_for={"decoding_settles": "the ranges are searched anew, and the decoded weight's own range is one of many"},
+)
+class gptq:
+    r"""Round column after column, each time moving the columns not yet rounded to make up for the error.
+
+    With $G$ the mean outer product of the inputs and $U^\top U = G^{-1}$ its upper Cholesky factor, column $i$ leaves
+
+    $$ w_j \leftarrow w_j - \frac{w_i - \hat w_i}{U_{ii}} U_{ij}, \quad j > i $$
+
+    The grid of a group is fixed before: of ranges from the weights' own to narrower ones, that with the least error
+    when each input counts as the diagonal of $G$ says. With `refit`, the scales that suit the codes best follow after.
+
+    Args:
+        bits: bits of a code.
+        group_size: weights of a row that share a scale; None for the whole row.
+        symmetric: no zero points.
+        act_order: take the columns by falling diagonal of $G$ rather than from left to right.
+        damp: lambda in section 3.3: what is added to the diagonal of $G$, relative to its mean.
+        shrink: how much of the range the narrowest grid tried leaves out; 0 takes the range as it is.
+        refit: replace the scales, when the codes are found, by those with the least output error.
+
+    Example:
+        >>> form = gptq(bits=2, group_size=4, shrink=0.0, refit=False)
+        >>> w, gram = torch.tensor([[0.0, 1.4, 1.4, 3.0]]), torch.ones(4, 4) + 0.1 * torch.eye(4)
+        >>> form.decode(**form.encode(w, gram))
+        tensor([[0., 1., 2., 3.]])
+    """
+
+    bits: Annotated[int, Interval(ge=2, le=8)] = 4
+    group_size: Annotated[int, Ge(2)] | None = 64
+    symmetric: bool = False
+    act_order: bool = True
+    damp: Annotated[float, Interval(gt=0, le=1)] = 0.01
+    shrink: Annotated[float, Interval(ge=0, lt=1)] = 0.7
+    refit: bool = True
+
+    def encode(self, w: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> dict[str, Tensor]:
+        """Codes, scales and zero points."""
+        w, gram = w.detach().float(), damped(gram.detach().float(), self.damp)
+        order = gram.diagonal().argsort(descending=True, stable=True) if self.act_order else torch.arange(len(gram))
+        ratios = [1 - self.shrink * i / TRIED for i in range(TRIED + 1)] if self.shrink else [1.0]
+        scale, zero = _grid.search(w, gram.diagonal(), self.bits, self.group_size, ratios, self.symmetric)
+        size = self.group_size or w.shape[1]
+        group = order // size
+        codes = rounded(w.T[order], inverse_factor(gram[order][:, order]), scale.T[group], zero.T[group], self.bits)
+        codes = torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous()
+        if self.refit:
+            centred = codes - _grid.rows(zero.unsqueeze(2).expand(-1, -1, size), w.shape[1])
+            scale = refitted(w, gram, centred, scale.float(), size).half()
+        theta = {"codes": codes, "scale": scale}
+        return theta if self.symmetric else {**theta, "zero": zero.to(torch.uint8)}
+
+    def decode(
+        self,
+        codes: UInt8[Tensor, "out in"],
+        scale: Float[Tensor, "out groups"],
+        zero: UInt8[Tensor, "out groups"] | None = None,
+    ) -> Float[Tensor, "out in"]:
+        """The weight."""
+        return _grid.decoded(codes, scale, 2.0 ** (self.bits - 1) if zero is None else zero, size=self.group_size)
+
+    def stored_bits(self, theta: dict[str, Tensor]) -> int:
+        """Bits of theta on disk, codes packed, scales and everything else counted."""
+        return _grid.stored_bits(theta, self.bits)
+
+
+def damped(gram: Tensor, damp: float) -> Tensor:
+    """The Gram matrix with its diagonal raised; an input that was never seen counts like the average one."""
+    diagonal = gram.diagonal()
+    mean = diagonal.mean() if bool(diagonal.any()) else torch.ones(())
+    return gram + torch.diag(torch.where(diagonal == 0, mean, mean * damp))
+
+
+def inverse_factor(gram: Tensor) -> Tensor:
+    """Upper triangular U with U^T U the inverse of the Gram matrix; it is damped further if it has none."""
+    flipped, raised = gram.flip(0, 1), 0.0
+    for dtype in (torch.float32, torch.float64, *[torch.float64] * 4):
+        lower, failed = torch.linalg.cholesky_ex(flipped.to(dtype))
+        if not failed:
+            break
+        if dtype == torch.float64:
+            raised = max(raised * 10, 0.01)
+            flipped = gram.flip(0, 1) + raised * torch.diag(gram.diagonal().mean().expand(len(gram)))
+    if raised:
+        warnings.warn(f"a singular Gram matrix: {raised:g} of its mean was added to its diagonal", stacklevel=2)
+    identity = torch.eye(len(gram), dtype=lower.dtype, device=gram.device)
+    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
+
+
+def rounded(columns: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, bits: int, block: int = BLOCK) -> Tensor:
+    """Codes of columns, each a row here, in the order they are rounded in.
+
+    Args:
+        columns: the weight, transposed.
+        factor: U.
+        scale: each entry's scale.
+        zero: each entry's zero point.
+        bits: bits of a code.
+        block: how many columns' updates of those beyond the block are gathered into one matrix product.
+    """
+    columns, scale, codes = columns.contiguous(), scale.float(), torch.empty_like(columns)
+    low, high = -zero, 2**bits - 1 - zero
+    inverse, pivots = 1 / scale, factor.diagonal().reciprocal().tolist()
+    for begin in range(0, len(columns), block):
+        end = min(begin + block, len(columns))
+        errors = torch.empty_like(columns[begin:end])
+        for i in range(begin, end):
+            code = torch.mul(columns[i], inverse[i], out=codes[i]).round_()
+            torch.clamp(code, low[i], high[i], out=code)
+            error = torch.addcmul(columns[i], code, scale[i], value=-1, out=errors[i - begin]).mul_(pivots[i])
+            columns[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1)
+        columns[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
+    return codes.add_(zero).to(torch.uint8)
+
+
+def refitted(w: Tensor, gram: Tensor, codes: Tensor, scale: Tensor, size: int) -> Tensor:
+    r"""The scales that make the output error least for given codes: of each row, the solution of a linear system.
+
+    With $c_g$ the codes of group g, zero elsewhere, $\sum_h (c_g^\top G c_h) s_h = c_g^\top G w$. A scale that would
+    leave half to twice its value is kept.
+    """
+
+    def by_group(x: Tensor) -> Tensor:
+        return pad(x, (0, -x.shape[1] % size)).unflatten(1, (-1, size)).sum(2)
+
+    count = scale.shape[1]
+    system = torch.stack(
+        [by_group(c @ g * codes) for c, g in zip(codes.split(size, 1), gram.split(size), strict=True)], 1
+    )
+    error = w - codes * scale.repeat_interleave(size, 1)[:, : w.shape[1]]
+    diagonal = system.diagonal(dim1=1, dim2=2)
+    ridge = torch.eye(count) * (diagonal.mean(1) * 1e-4 + 1e-12)[:, None, None]
+    new = scale + torch.linalg.solve(system + ridge, by_group(error @ gram * codes).unsqueeze(2)).squeeze(2)
+    return torch.where((new > scale / 2) & (new < scale * 2), new, scale)
