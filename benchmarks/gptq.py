@@ -22,6 +22,7 @@ from pathlib import Path
 
 BITS, GROUP, CHUNKS, LENGTH = 3, 64, 16, 512
 COLUMNS = {"bits": "6.2f", "perplexity": "8.2f", "cpu": "7.1f", "us_per_weight": "9.3f", "peak_mib": "9.0f"}
+RESULT = Path(__file__).resolve().parents[1] / "results" / "bench_gptq.json"
 METHODS = {
     "nearest": {"grid": "asymmetric"},
     "gptq": {},
@@ -112,37 +113,22 @@ def ours(method: str, precision: str, folder: str, out: str) -> dict:
 
 
 def run(command: list[str]) -> dict:
+    """What a process reports, or why it does not."""
     environment = {**os.environ, **dict.fromkeys(THREADS, "1"), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
     if done.returncode or not lines:
-        raise SystemExit(f"{' '.join(command[:3])} failed:\n{done.stderr[-2000:]}")
+        print(done.stderr[-2000:], file=sys.stderr)
+        return {"not run": (done.stderr.strip().splitlines() or ["no result"])[-1]}
     return json.loads(lines[-1].removeprefix("RESULT"))
-
-
-def prepare(folder: Path, chunks) -> None:
-    """The model as a float32 folder that both tools read, and the calibration tokens."""
-    import torch
-
-    from weightsmith.core.calibrate import live, quiet
-    from weightsmith.lab.models import smollm2
-
-    with quiet():
-        live(smollm2()).save_pretrained(folder)
-    torch.save(calibration(chunks), folder / "calibration.pt")
-
-
-def importable(python: str | None) -> bool:
-    found = python and subprocess.run([python, "-c", "import llmcompressor"], capture_output=True).returncode == 0
-    return bool(found)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--peer-python", default=sys.executable)
+    parser.add_argument("--peer-python", default=sys.executable, help="an interpreter that can import llmcompressor")
     parser.add_argument("--precision", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--presets", action="store_true", help="the peer's preset too: min-max instead of MSE")
-    parser.add_argument("--only", help="run only the rows whose name holds this")
+    parser.add_argument("--only", default="", help="run only the rows whose name holds this, and keep the others")
     parser.add_argument("--child", nargs=4)
     arguments = parser.parse_args()
     if arguments.child:
@@ -153,58 +139,42 @@ def main() -> None:
 
     import weightsmith
     from weightsmith.core.calibrate import live
-    from weightsmith.lab import environment
+    from weightsmith.lab import environment, smollm2
     from weightsmith.measure import perplexity
 
     torch.set_num_threads(1)
     chunks = text_ids()
     rows: dict[str, dict] = {}
+    if arguments.only and RESULT.is_file():
+        rows = json.loads(RESULT.read_text())["rows"]
     with tempfile.TemporaryDirectory() as name:
-        folder, out = Path(name), Path(name) / "quantised.pt"
-        prepare(folder, chunks)
-        model = live(weightsmith.open(folder))
-        rows["float32"] = {"bits": 32.0, "perplexity": perplexity(model, chunks[:CHUNKS])}
-        commands = {
-            f"weightsmith {method}": [sys.executable, __file__, "--child", method, arguments.precision, name, str(out)]
-            for method in METHODS
-        }
-        if importable(arguments.peer_python):
-            observers = ("memoryless_mse", "memoryless_minmax") if arguments.presets else ("memoryless_mse",)
-            for observer in observers:
-                peer = [arguments.peer_python, "-c", PEER, name, str(out), str(BITS), str(GROUP), observer]
-                commands[f"llm-compressor gptq, {observer}"] = peer
-        else:
-            rows["llm-compressor gptq"] = {"not run": "llmcompressor cannot be imported; give --peer-python"}
-        for label, command in commands.items():
-            if arguments.only and arguments.only not in label:
+        folder, out = f"{name}/model", f"{name}/quantised.pt"
+        weightsmith.save(smollm2().astype("float32"), folder)
+        torch.save(calibration(chunks), f"{folder}/calibration.pt")
+        ours_is = [sys.executable, __file__, "--child"]
+        peer_is = [arguments.peer_python, "-c", PEER, folder, out, str(BITS), str(GROUP)]
+        commands = {f"weightsmith {method}": [*ours_is, method, arguments.precision, folder, out] for method in METHODS}
+        for observer in ("memoryless_mse", "memoryless_minmax")[: 1 + arguments.presets]:
+            commands[f"llm-compressor gptq, {observer}"] = [*peer_is, observer]
+        for label, command in {"float32": [], **commands}.items():
+            if arguments.only not in label:
                 continue
-            print(f"{label} ...", file=sys.stderr)
-            row = run(command)
-            quantised = torch.load(out)
-            count = sum(t.numel() for t in quantised.values())
-            model = live(weightsmith.open(folder))
-            for weight_name, weight in quantised.items():
-                model.get_parameter(weight_name).data = weight.float()
-            row |= {
-                "perplexity": perplexity(model, chunks[:CHUNKS]),
-                "weights": count,
-                "us_per_weight": row["cpu"] / count * 1e6,
-            }
+            row = run(command) if command else {"bits": 32.0}
+            if "not run" not in row:
+                model = live(weightsmith.open(folder))
+                quantised = torch.load(out) if command else {}
+                for weight, tensor in quantised.items():
+                    model.get_parameter(weight).data = tensor.float()
+                if quantised:
+                    row["us_per_weight"] = row["cpu"] / sum(t.numel() for t in quantised.values()) * 1e6
+                row["perplexity"] = perplexity(model, chunks[:CHUNKS])
             rows[label] = row
             print(f"{label}: {row}", file=sys.stderr)
-    print(f"{'':44} {'bits':>6} {'ppl':>8} {'CPU s':>7} {'us/weight':>9} {'peak MiB':>9}")
+    print(f"{'':36} {'bits':>6} {'ppl':>8} {'CPU s':>7} {'us/weight':>9} {'peak MiB':>9}")
     for label, row in rows.items():
-        cells = [
-            ("bits", "6.2f"),
-            ("perplexity", "8.2f"),
-            ("cpu", "7.1f"),
-            ("us_per_weight", "9.3f"),
-            ("peak_mib", "9.0f"),
-        ]
-        print(f"{label:44} " + " ".join(f"{row[k]:{f}}" if k in row else " " * int(f.split(".")[0]) for k, f in cells))
-    if arguments.only is None:
-        result = Path(__file__).resolve().parents[1] / "results" / "bench_gptq.json"
-        result.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+        cells = [f"{row[key]:{form}}" if key in row else " " * int(form.split(".")[0]) for key, form in COLUMNS.items()]
+        print(f"{label:36} {' '.join(cells)} {row.get('not run', '')}")
+    RESULT.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

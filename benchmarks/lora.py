@@ -92,7 +92,14 @@ def compare_baked(models: dict[str, nn.Module]) -> dict[str, object]:
         seconds[name] = time.process_time() - start
     largest = max(float((w - baked["peft"][name]).abs().max()) for name, w in baked["weightsmith"].items())
     scale = max(float(w.abs().max()) for w in baked["peft"].values())
-    return {"bake_seconds": seconds, "largest_difference": largest, "largest_weight": scale}
+    base = lab.smollm2()
+    change = max(float((baked["weightsmith"][name] - base[name]).abs().max()) for name in base)
+    return {
+        "bake_seconds": seconds,
+        "largest_difference": largest,
+        "largest_weight": scale,
+        "largest_change_from_base": change,
+    }
 
 
 def peak_memory(name: str) -> int:
@@ -129,7 +136,7 @@ def main() -> None:
         "ratio_to_peft": ratio,
         "bar": BAR,
         "passed": passed,
-        "baked": {key: timed[key] for key in ("bake_seconds", "largest_difference", "largest_weight")},
+        "baked": {key: value for key, value in timed.items() if key.startswith(("bake", "largest"))},
         "trainable": timed["trainable"],
         "last_loss": timed["last_loss"],
         "peft": __import__("peft").__version__,

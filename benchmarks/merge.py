@@ -90,7 +90,17 @@ def ours(job: str, folder: Path, out: Path, *, threads: int = 2, digest: bool = 
     method, flags, _ = JOBS[job]
     shutil.rmtree(out, ignore_errors=True)
     base = [] if method == "linear" else ["--base", str(folder / "base")]
-    command = [sys.executable, "-m", "weightsmith", "merge", method, str(folder / "a"), str(folder / "b"), *base, *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "weightsmith",
+        "merge",
+        method,
+        str(folder / "a"),
+        str(folder / "b"),
+        *base,
+        *flags,
+    ]
     command += ["-o", str(out), "--shards", "500MB", "-q", "-j", str(threads), *([] if digest else ["--no-digest"])]
     return measure(command)
 
@@ -106,7 +116,9 @@ def peers(job: str, folder: Path, out: Path, python: str) -> dict[str, float]:
     path = out.with_suffix(".yml")
     path.write_text(json.dumps(recipe))
     code = "from mergekit.scripts.run_yaml import main; main()"
-    return measure([python, "-c", code, str(path), str(out), "-j", "1", "--no-copy-tokenizer", "--out-shard-size", "500M"])
+    return measure(
+        [python, "-c", code, str(path), str(out), "-j", "1", "--no-copy-tokenizer", "--out-shard-size", "500M"]
+    )
 
 
 def floor(job: str, folder: Path, out: Path) -> dict[str, float]:

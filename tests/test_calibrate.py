@@ -347,3 +347,30 @@ def test_shared_grams_are_stored_once(checkpoint, tokens):
     same = json.loads(stored.origin.metadata["same"])
     assert len(stored) == 2 * 4 + 1
     assert len(same) == 2 * 3
+
+
+def test_large_batches_are_measured_in_pieces(checkpoint, tokens, monkeypatch):
+    """The logits of a whole batch of calibration text would not fit; the sums are the same."""
+    model = live(open_weights(checkpoint))
+    whole, sizes = statistics(model, [tokens])["gram"], []
+    monkeypatch.setattr(calibrate, "TOKENS", 24)
+    handle = model.register_forward_hook(lambda m, args, output: sizes.append(output.logits.shape[0]))
+    cut = statistics(model, [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}])["gram"]
+    handle.remove()
+    assert sizes == [2, 2]
+    for name in whole:
+        torch.testing.assert_close(cut[name], whole[name], rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_runs_after_the_last_change(checkpoint, tokens):
+    model, reached = live(open_weights(checkpoint)), []
+    model.lm_head.register_forward_hook(lambda *_: reached.append(True))
+    sequential(model, [tokens], lambda name, w, stats: w, where="attention.*|mlp.*")
+    assert not reached
+
+
+def test_what_cannot_be_measured_is_left_alone_and_said(checkpoint, tokens):
+    """The embedding has no Gram matrix: the same tensors as with statistics measured beforehand."""
+    weights = open_weights(checkpoint)
+    with pytest.raises(MismatchError, match="no gram for it"):
+        apply_sequential("quantize.gptq", weights, [tokens], where="*embed_tokens*")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from weightsmith.core.calibrate import live
+from weightsmith.core.calibrate import apply_sequential, encode_sequential, live
 from weightsmith.core.errors import FormatError, InputError
 from weightsmith.core.formats.compressed import (
     Decompressed,
@@ -97,6 +97,19 @@ def test_reading_back_gives_the_same_bits(form, checkpoint, tmp_path):
     for name in plain:
         assert torch.equal(found.read(name), plain.read(name)), name
         assert found.spec(name).shape == plain.spec(name).shape
+
+
+def test_a_model_quantised_layer_by_layer_is_packed(checkpoint, tmp_path):
+    form, tokens = gptq(bits=4, group_size=32, symmetric=True), torch.arange(48).reshape(4, 12)
+    thetas = encode_sequential(form, checkpoint, [tokens], exclude="*.1.mlp.down_proj.weight")
+    assert len(thetas) == 13
+    out = save(compressed(checkpoint, thetas, form), tmp_path / "packed")
+    expected = apply_sequential(
+        "quantize.gptq", checkpoint, [tokens], exclude="*.1.mlp.down_proj.weight", bits=4, group_size=32, symmetric=True
+    )
+    found = Decompressed(open_weights(out), dtype="float32")
+    for name in expected:
+        assert torch.equal(found.read(name), expected.read(name)), name
 
 
 def test_what_the_format_cannot_hold_is_refused():

@@ -28,7 +28,9 @@ def mergekit():
     def merge(method, ws, base=None, **parameters):
         group = [*([base] if base is not None else []), *ws]
         index = 0 if base is not None else None
-        return merge_tensors(group, method, parameters=parameters, ids=list(map(str, range(len(group)))), base_index=index)
+        return merge_tensors(
+            group, method, parameters=parameters, ids=list(map(str, range(len(group)))), base_index=index
+        )
 
     return merge
 
@@ -57,13 +59,15 @@ def test_slerp_is_mergekits(mergekit, t, spread):
 
 def test_task_arithmetic_is_mergekits(mergekit):
     base, ws = tensors(3)
-    close(task_arithmetic(ws, base, scale=0.4), mergekit("task_arithmetic", ws, base, weight=[1.0, 1.0, 1.0, 1.0], **{"lambda": 0.4}))
+    close(
+        task_arithmetic(ws, base, scale=0.4), mergekit("task_arithmetic", ws, base, weight=[1.0] * 3, **{"lambda": 0.4})
+    )
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
 def test_ties_is_mergekits(mergekit, density):
     base, ws = tensors(3)
-    count = len(ws) + 1
+    count = len(ws)
     theirs = mergekit("ties", ws, base, weight=[1.0] * count, density=[density] * count, **{"lambda": 0.8})
     close(ties(ws, base, density=density, scale=0.8), theirs)
 
@@ -72,7 +76,7 @@ def test_dare_has_mergekits_statistics(mergekit):
     """Both keep the share asked for and the expected change; mergekit rescales to the L1 norm, the paper by 1/density."""
     base, ws = tensors(1, shape=(400, 500))
     torch.manual_seed(0)
-    theirs = mergekit("dare_linear", ws, base, weight=[1.0, 1.0], density=[0.3, 0.3]) - base
+    theirs = mergekit("dare_linear", ws, base, weight=[1.0], density=[0.3]) - base
     ours = dare(ws, base, torch.Generator().manual_seed(0), density=0.3) - base
     kept_ours, kept_theirs = (float((d != 0).float().mean()) for d in (ours, theirs))
     assert abs(kept_ours - 0.3) < 0.01 > abs(kept_theirs - 0.3)
@@ -124,12 +128,5 @@ def test_greedy_soup_keeps_only_what_helps():
         return -abs(calls[-1] - 3.5)
 
     soup = greedy_soup(models, evaluate)
-    assert calls == [10.0, 2.0, 5.0, 3.0, 4.0, pytest.approx(10 / 3), pytest.approx(20 / 4)][: len(calls)]
-    assert -abs(float(soup.read("w")) - 3.5) >= max(-abs(float(m.read("w")) - 3.5) for m in models)
-
-
-def test_experts_forget_less_with_a_negative_scale_undone():
-    """Adding and then subtracting the same task vector gives the base back."""
-    base, ws = tensors(1)
-    there = task_arithmetic(ws, base, scale=0.5)
-    close(task_arithmetic([base + (there - base)], base, scale=-1.0), 2 * base - there)
+    assert calls == [10.0, 2.0, 5.0, 3.0, 2.5, 4.0, 6.0]  # each alone, then 3 with 2, with 5, with 5 and 10
+    assert float(soup.read("w")) == 4.0

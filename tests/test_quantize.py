@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from weightsmith.core.apply import apply
+from weightsmith.core.weights import Memory
+from weightsmith.lab.models import tiny_llama
 from weightsmith.quantize import _grid, blockwise, gptq
 
 GRIDS = ("int", "asymmetric", "float", "normal", "quantile")
@@ -290,3 +293,12 @@ def test_refitted_scales_solve_least_squares():
         columns = torch.stack([torch.where(torch.arange(40) // 16 == g, codes[row], 0.0) for g in range(3)], 1)
         best = torch.linalg.lstsq(root.T @ columns.double(), root.T @ w[row].double()).solution
         torch.testing.assert_close(found[row].double(), best, rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["quantize.blockwise", "quantize.gptq"])
+def test_embedding_head_and_norms_are_left_alone(method):
+    weights = Memory.of(tiny_llama(width=64))
+    stats = {"gram": weights.map(lambda w: torch.eye(w.shape[-1]))} if method.endswith("gptq") else {}
+    changed = apply(method, weights, stats=stats, bits=2)
+    same = {name for name in weights if torch.equal(changed.read(name), weights.read(name))}
+    assert same == {name for name in weights if not name.endswith("_proj.weight")}

@@ -5,15 +5,15 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from weightsmith import __version__
-from weightsmith.core.errors import InputError, MethodError, WeightsmithError, nearest
-from weightsmith.core.method import index
+from weightsmith.core.errors import InputError, MethodError, RecipeError, WeightsmithError, nearest
+from weightsmith.core.method import STATISTICS, index
 
 if TYPE_CHECKING:
     from weightsmith.core.weights import Weights
@@ -42,17 +42,29 @@ Format = Annotated[Literal["human", "json"], Parameter(help="How to print data."
 
 @Parameter(name="*")
 @dataclass
-class Writing:
+class Reading:
+    """Flags of every command that looks into a checkpoint."""
+
+    where: Annotated[str, Parameter(help="Globs over tensor names and roles to work on, joined by |.")] = "*"
+    exclude: Annotated[
+        list[str], Parameter(help="Globs of tensors to leave alone; may be given again.", negative=())
+    ] = field(default_factory=list)
+    allow_pickle: Annotated[bool, Parameter(help="Read PyTorch files that can run code.", negative=())] = False
+    format: Format = "human"
+    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], help="Say nothing but errors.", negative=())] = False
+    progress: Annotated[bool, Parameter(help="Show progress on a terminal.")] = True
+
+    @property
+    def noisy(self) -> bool:
+        """Whether to show progress."""
+        return self.progress and not self.quiet
+
+
+@Parameter(name="*")
+@dataclass
+class Writing(Reading):
     """Flags of every command that writes a checkpoint."""
 
-    out: Annotated[
-        str | None, Parameter(name=["--out", "-o"], help="Folder, or file ending in .safetensors, to write.")
-    ] = None
-    where: Annotated[str, Parameter(help="Globs over tensor names and roles to work on, joined by |.")] = "*"
-    exclude: Annotated[list[str], Parameter(help="Globs of tensors to leave alone.", negative=())] = field(
-        default_factory=list
-    )
-    seed: Annotated[int, Parameter(help="For methods that draw random numbers.")] = 0
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None, Parameter(help="Store floats in this dtype.")
     ] = None
@@ -62,24 +74,26 @@ class Writing:
     overwrite: Annotated[bool, Parameter(help="Replace the output, in one step at the end.", negative=())] = False
     resume: Annotated[bool, Parameter(help="Go on with an interrupted run.")] = True
     digest: Annotated[bool, Parameter(help="Hash inputs and output for the lineage.")] = True
+    verbose: Annotated[
+        bool, Parameter(name=["--verbose", "-v"], help="Name the tensors that stay as they are.", negative=())
+    ] = False
+
+
+@Parameter(name="*")
+@dataclass
+class Applying(Writing):
+    """Flags of every command that applies a method."""
+
+    seed: Annotated[int, Parameter(help="For methods that draw random numbers.")] = 0
     allow_mismatch: Annotated[bool, Parameter(help="Go on with the tensors all models share.", negative=())] = False
     allow_nonfinite: Annotated[bool, Parameter(help="Let NaN and infinity through.", negative=())] = False
-    allow_pickle: Annotated[bool, Parameter(help="Read PyTorch files that can run code.", negative=())] = False
-    format: Format = "human"
-    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], help="Say nothing but errors.", negative=())] = False
-    verbose: Annotated[bool, Parameter(name=["--verbose", "-v"], help="Say more.", negative=())] = False
-    progress: Annotated[bool, Parameter(help="Show progress on a terminal.")] = True
 
 
 @Parameter(name="*")
 @dataclass
 class Data:
-    """Flags of methods that look at text."""
+    """How much text to take."""
 
-    calibrate: Annotated[
-        str | None, Parameter(help="Text file, or documentation or source_code, to measure statistics on.")
-    ] = None
-    evaluate: Annotated[str | None, Parameter(help="Held-out text for methods that choose by score.")] = None
     samples: Annotated[int, Parameter(help="Chunks of text.")] = 16
     length: Annotated[int, Parameter(help="Tokens in a chunk.")] = 512
 
@@ -103,10 +117,12 @@ def list_methods(pattern: str = "*", *, family: str | None = None, format: Forma
         if (fnmatchcase(key, pattern) or fnmatchcase(card["name"], pattern)) and family in (None, card["family"])
     ]
     if not found:
-        names = {card["name"] for card in index().values()} | {card["family"] for card in index().values()}
-        raise MethodError(
-            f"no method matches `{pattern}`", hint=nearest(pattern, names, what="see `weightsmith ls`; there are")
-        )
+        families, names = ({card[key] for card in index().values()} for key in ("family", "name"))
+        if family not in (None, *families):
+            raise MethodError(f"no family `{family}`", hint=nearest(str(family), families, what="there are"))
+        within = f" in `{family}`" if family else ""
+        hint = nearest(pattern, names | families, what="see `weightsmith ls`; there are")
+        raise MethodError(f"no method matches `{pattern}`{within}", hint=hint)
     rows = [(card["id"], card["kind"], card["status"], card["summary"]) for card in found]
     _table(("method", "kind", "status", "what it does"), rows, format, found)
 
@@ -157,7 +173,9 @@ def inspect_(checkpoint: str, *, allow_pickle: bool = False, format: Format = "h
     data = {
         "path": weights.origin.path, "format": weights.origin.format, "tensors": len(specs), "bytes": chosen.nbytes,
         "elements": chosen.numel, "ties": dict(weights.origin.ties), "metadata": dict(weights.origin.metadata),
-        "specs": [{"name": s.name, "role": s.role, "layer": s.layer, "shape": list(s.shape), "dtype": s.dtype} for s in specs],
+        "specs": [
+            {"name": s.name, "role": s.role, "layer": s.layer, "shape": list(s.shape), "dtype": s.dtype} for s in specs
+        ],
     }  # fmt: skip
     if format == "json":
         print(json.dumps(data, indent=2))
@@ -246,7 +264,7 @@ def run(
 
 
 @app.command
-def convert(checkpoint: str, out: str, *, writing: Writing = Writing()) -> None:
+def convert(checkpoint: str, out: str, *, writing: Writing | None = None) -> None:
     """Convert a checkpoint to safetensors that transformers loads.
 
     Parameters
@@ -256,11 +274,11 @@ def convert(checkpoint: str, out: str, *, writing: Writing = Writing()) -> None:
     out
         Folder, or file ending in .safetensors.
     """
-    writing.out = out
+    writing = writing or Writing()
     weights = _open(checkpoint, writing.allow_pickle)
     if writing.where != "*" or writing.exclude:
         weights = weights.select(writing.where, tuple(writing.exclude))
-    _write(weights, writing)
+    _write(weights, out, writing)
 
 
 @app.command(name="eval")
@@ -281,8 +299,8 @@ def evaluate(checkpoint: str, *, on: str, samples: int = 16, length: int = 512, 
     from weightsmith.core.pipeline import perplexity_on
 
     value = perplexity_on(_open(checkpoint), on, samples=samples, length=length)
-    _table(("checkpoint", "text", "perplexity"), [(checkpoint, on, f"{value:.3f}")], format,
-           {"checkpoint": checkpoint, "text": on, "samples": samples, "length": length, "perplexity": value})  # fmt: skip
+    data = {"checkpoint": checkpoint, "text": on, "samples": samples, "length": length, "perplexity": value}
+    _table(("checkpoint", "text", "perplexity"), [(checkpoint, on, f"{value:.3f}")], format, data)
 
 
 @app.command
@@ -355,29 +373,65 @@ def new(family: str, name: str, *, root: str = ".") -> None:
         print(path)
 
 
+TEXTS = {
+    "calibrate": "Text to measure statistics on",
+    "evaluate": "Held-out text for methods that choose by score",
+    "on": "Text to measure on",
+}
+"""Flags that take text."""
+
+
+def _texts(card: dict[str, Any]) -> list[str]:
+    """Which of `TEXTS` a method takes."""
+    needs = card["needs"]
+    return [
+        *(["calibrate"] if set(STATISTICS) & set(needs) and card["kind"] != "measure" else []),
+        *(["evaluate"] if "evaluate" in needs else []),
+        *(["on"] if card["kind"] == "measure" and card["unit"] == "model" else []),
+    ]
+
+
 def _method_command(card: dict[str, Any]) -> Callable[..., None]:
     """A command for one method, with a flag for each of its hyperparameters."""
+    flags_of = Reading if card["kind"] == "measure" else Applying
 
     def command(*args: Any, **flags: Any) -> None:
-        writing, data = flags.pop("writing", Writing()), flags.pop("data", Data())
-        base = flags.pop("base", None)
-        values = {name: _value(text) for name, text in flags.items() if text is not None}
-        _run_method(card, list(args), base, writing, data, values)
+        common, base = flags.pop("common", None) or flags_of(), flags.pop("base", None)
+        data = vars(flags.pop("data", None) or Data()) | {name: flags.pop(name, None) for name in (*TEXTS, "out")}
+        values = {name: _value(name, text) for name, text in flags.items() if text is not None}
+        if not args:
+            hint = f"weightsmith {card['family']} {card['name']} MODEL" + (" -o OUT" if flags_of is Applying else "")
+            raise InputError("no checkpoint given", where=card["id"], hint=hint)
+        models = [_open(path, common.allow_pickle) for path in args]
+        origin = _open(base, common.allow_pickle) if base else None
+        (_measure if card["kind"] == "measure" else _apply)(card, models, origin, common, data, values)
 
-    own, group = [], Group("Hyperparameters")
-    for name, about in card["hyperparameters"].items():
-        shown = f"{about['help']} {_bounds(about)} Default: {about['default']}.".strip()
-        kind = bool if about["type"].get("type") == "boolean" else str
-        annotation = Annotated[kind | None, Parameter(help=shown, group=group, show_default=False)]
-        own.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-    plain, keyword = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.KEYWORD_ONLY
-    base = Annotated[str | None, Parameter(help="The model the others were trained from.")]
+    keyword, several = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_POSITIONAL
+    many = card["unit"] in ("ws", "models")
+    kinds = "Checkpoints: files, folders, adapters or hub ids."
+    checkpoints = Annotated[str, Parameter(help=kinds if many else "Checkpoint: file, folder, adapter or hub id.")]
+    options: dict[str, Any] = {}
+    if flags_of is Applying:
+        told = "Folder, or file ending in .safetensors, to write."
+        options["out"] = Annotated[str | None, Parameter(name=["--out", "-o"], help=told)]
+    if "base" in card["needs"]:
+        options["base"] = Annotated[str | None, Parameter(help="The model the others were trained from.")]
+    for name in _texts(card):
+        told = f"{TEXTS[name]}: a file, or documentation or source_code, which come with Python."
+        options[name] = Annotated[str | None, Parameter(help=told)]
+    group = Group("Hyperparameters")
+    for name, hyper in card["hyperparameters"].items():
+        default = hyper["default"]
+        shown = default if isinstance(default, str) else json.dumps(default)
+        told = f"{hyper['help']} {_bounds(hyper)}".strip() + f" [default: {shown}]"
+        kind = bool if hyper["type"].get("type") == "boolean" else str
+        options[name] = Annotated[kind | None, Parameter(help=told, group=group, show_default=False)]
+    if _texts(card):
+        options["data"] = Data | None
+    options["common"] = flags_of | None
     parameters = [
-        inspect.Parameter("inputs", plain, annotation=Annotated[str, Parameter(help="Checkpoints.")]),
-        *([inspect.Parameter("base", keyword, default=None, annotation=base)] if "base" in card["needs"] else []),
-        *own,
-        inspect.Parameter("writing", keyword, default=Writing(), annotation=Writing),
-        inspect.Parameter("data", keyword, default=Data(), annotation=Data),
+        inspect.Parameter("models" if many else "model", several, annotation=checkpoints),
+        *(inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in options.items()),
     ]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -385,52 +439,78 @@ def _method_command(card: dict[str, Any]) -> Callable[..., None]:
     return command
 
 
-def _run_method(
-    card: dict[str, Any], inputs: list[str], base: str | None, writing: Writing, data: Data, values: dict[str, Any]
-) -> None:
-    if not inputs:
-        raise InputError(
-            "no checkpoint given", where=card["id"], hint=f"weightsmith {card['family']} {card['name']} MODEL -o OUT"
-        )
-    from weightsmith.core.pipeline import apply_method, read_measure
+def _measure(
+    card: dict[str, Any], models: "list[Weights]", base: "Weights | None", reading: Reading, data: dict[str, Any],
+    values: dict[str, Any],
+) -> None:  # fmt: skip
+    from weightsmith.core.pipeline import read_measure
 
-    models = [_open(path, writing.allow_pickle) for path in inputs]
-    options = {
-        "base": _open(base, writing.allow_pickle) if base else None, "where": writing.where, "exclude": tuple(writing.exclude),
-        "seed": writing.seed, "allow_mismatch": writing.allow_mismatch, "allow_nonfinite": writing.allow_nonfinite,
-    }  # fmt: skip
-    steps = _steps(card["name"], writing.progress and not writing.quiet)
-    if card["kind"] == "measure":
-        rows = read_measure(card["id"], models, base=options["base"], where=writing.where, text=data.evaluate or data.calibrate,
-                            samples=data.samples, length=data.length, progress=steps, **values)  # fmt: skip
-        _readings(rows, writing.format)
-        return
-    if writing.out is None:
-        raise InputError("no output given", where=card["id"], hint="add `-o OUT`")
-    text = {"calibrate": data.calibrate, "evaluate": data.evaluate, "samples": data.samples, "length": data.length}
-    _write(apply_method(card["id"], models, **options, **text, progress=steps, values=values), writing)
+    rows = read_measure(
+        card["id"], models, base=base, where=reading.where, exclude=tuple(reading.exclude), text=data["on"],
+        samples=data["samples"], length=data["length"], progress=_steps(card["name"], reading.noisy), values=values,
+    )  # fmt: skip
+    _readings(rows, reading.format)
 
 
-def _write(weights: "Weights", writing: Writing) -> None:
+def _apply(
+    card: dict[str, Any], models: "list[Weights]", base: "Weights | None", applying: Applying, data: dict[str, Any],
+    values: dict[str, Any],
+) -> None:  # fmt: skip
+    from weightsmith.core.pipeline import apply_method
+
+    out = data["out"]
+    if out is None and not applying.dry_run:
+        raise InputError("no output given", where=card["id"], hint="add `-o OUT`, or `--dry-run` to see the plan")
+    _check_free(out, applying)
+    weights = apply_method(
+        card["id"], models, base=base, where=applying.where, exclude=tuple(applying.exclude), seed=applying.seed,
+        allow_mismatch=applying.allow_mismatch, allow_nonfinite=applying.allow_nonfinite, calibrate=data["calibrate"],
+        evaluate=data["evaluate"], samples=data["samples"], length=data["length"], dry=applying.dry_run,
+        progress=_steps(card["name"], applying.noisy), values=values,
+    )  # fmt: skip
+    _write(weights, out, applying, {"method": card["id"], **values})
+
+
+def _check_free(out: str | None, writing: Writing) -> None:
+    """Nothing is at the output's place: told before minutes of work, not after."""
+    if out is not None and Path(out).expanduser().exists() and not writing.overwrite and not writing.dry_run:
+        raise InputError("there is something here already", where=out, hint="give another output, or add `--overwrite`")
+
+
+def _write(weights: "Weights", out: str | None, writing: Writing, step: dict[str, Any] | None = None) -> None:
     from weightsmith.core.plan import human
     from weightsmith.core.plan import plan as plan_of
     from weightsmith.core.run import save
 
+    _check_free(out, writing)
     if writing.dtype:
         weights = weights.astype(writing.dtype)
     planned = plan_of(weights, shards=writing.shards, jobs=writing.jobs, digest=writing.digest)
+    if step and not planned.steps:
+        planned = replace(planned, steps=(step,))
+    if writing.verbose:
+        _show_untouched(weights)
     if writing.dry_run:
         _show_plan(planned, writing.format, "not run; leave out `--dry-run` to do it")
         return
     if not writing.quiet:
         _show_plan(planned, "human", None, file=sys.stderr)
-    with _bar(writing.progress and not writing.quiet, planned.nbytes) as moved:
+    with _bar(writing.noisy, planned.nbytes) as moved:
         path = save(
-            weights, str(writing.out), shards=writing.shards, jobs=writing.jobs, overwrite=writing.overwrite,
+            weights, str(out), shards=writing.shards, jobs=writing.jobs, overwrite=writing.overwrite,
             resume=writing.resume, digest=writing.digest, progress=moved,
         )  # fmt: skip
     _table(("written", "tensors", "size"), [(str(path), str(planned.tensors), human(planned.nbytes))], writing.format,
            {"written": str(path), "tensors": planned.tensors, "bytes": planned.nbytes})  # fmt: skip
+
+
+def _show_untouched(weights: "Weights") -> None:
+    stack = [weights]
+    while stack:
+        one = stack.pop()
+        stack += one.inputs()
+        for name, reason in getattr(one, "untouched", {}).items():
+            print(f"  copies   {_clean(name)}  {_clean(reason)}", file=sys.stderr)
 
 
 def _show_plan(planned: Any, format: str, ending: str | None, file: Any = None) -> None:
@@ -443,7 +523,7 @@ def _show_plan(planned: Any, format: str, ending: str | None, file: Any = None) 
     for path, count in planned.reads.items():
         print(f"  reads    {path}  {human(count)}", file=out)
     for number, step in enumerate(planned.steps, 1):
-        settings = "  ".join(f"{k}={v}" for k, v in step.items() if k not in ("method", "tensors", "of"))
+        settings = "  ".join(f"{k}={_shown(v)}" for k, v in step.items() if k not in ("method", "tensors", "of"))
         count = f"{step['tensors']} of {step['of']}" if "of" in step else ""
         print(f"  step {number}   {step['method']}  {count}  {settings}".rstrip(), file=out)
     if planned.tensors:
@@ -453,9 +533,14 @@ def _show_plan(planned: Any, format: str, ending: str | None, file: Any = None) 
         f"  memory   about {human(planned.peak + 200e6)} at the peak    time  about {planned.seconds:.0f} s", file=out
     )
     for warning in planned.warnings:
-        print(f"  warning  {warning}", file=out)
+        print(f"  note     {_clean(warning)}", file=out)
     if ending:
-        print(ending, file=out)
+        print(ending, file=out if out is sys.stderr else sys.stderr)
+
+
+def _shown(value: Any) -> str:
+    """A setting as a flag takes it."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _readings(rows: list[dict[str, Any]], format: str) -> None:
@@ -574,13 +659,18 @@ def _bounds(about: dict[str, Any]) -> str:
     return f"({', '.join(parts)})" if parts else ""
 
 
-def _value(text: Any) -> Any:
+def _value(name: str, text: Any) -> Any:
     """A flag's value: a number, `true`, a list over depth or a `{glob: value}` map as YAML writes them, or a word."""
     if not isinstance(text, str):
         return text
     from weightsmith.core.recipe import value
 
-    return value(text)
+    try:
+        return value(text)
+    except RecipeError as error:
+        hint = """a number, a list over depth such as '[0.2, 0.5]', or a map such as '{"*.mlp.*": 0.5, "*": 0}'"""
+        flag = f"--{name.replace('_', '-')}"
+        raise InputError(f"`{flag}` = {text!r}: {error.message}", hint=hint) from None
 
 
 def _lineage(node: dict[str, Any]) -> str:
@@ -598,6 +688,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if words[:1] and words[0] in VERBS:
             _add_methods(words)
         app(words, exit_on_error=False, print_error=False)
+        sys.stdout.flush()  # a reader that has gone is noticed here, not at exit
     except CycloptsError as error:
         _fail(str(error).strip() or type(error).__name__, 2)
     except WeightsmithError as error:
@@ -617,8 +708,15 @@ def _add_methods(words: list[str]) -> None:
     cards = {card["name"]: card for card in index().values() if card["family"] == family and card["unit"] != "model"}
     cards |= {card["name"]: card for card in index().values() if card["family"] == family == "measure"}
     if len(words) > 1 and not words[1].startswith("-") and words[1] not in cards:
-        hint = nearest(words[1], cards, what=f"`weightsmith {family}` knows")
-        raise MethodError(f"unknown method `{words[1]}`", where=f"weightsmith {family}", hint=hint)
+        elsewhere = [card for card in index().values() if words[1] == card["name"]]
+        if elsewhere and elsewhere[0]["unit"] == "model":
+            said, hint = f"`{elsewhere[0]['id']}` works on a live module", f"see `weightsmith show {words[1]}`"
+        elif elsewhere:
+            said, hint = f"`{words[1]}` is in another family", f"see `weightsmith show {elsewhere[0]['id']}`"
+        else:
+            said = f"unknown method `{words[1]}`"
+            hint = nearest(words[1], cards, what=f"`weightsmith {family}` knows")
+        raise MethodError(said, where=f"weightsmith {family}", hint=hint)
     for name in cards.keys() - set(app[family]):
         app[family].command(_method_command(cards[name]), name=name)
 

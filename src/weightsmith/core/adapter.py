@@ -204,6 +204,6 @@ class Baked(Weights):
     def inputs(self) -> tuple[Weights, ...]:
         return (self.base, self.adapter)
 
-    def lineage(self, identify: Callable[[str], str]) -> dict[str, Any]:
+    def lineage(self, identify: Callable[[str], Any]) -> dict[str, Any]:
         made = [{k: v for k, v in group.items() if k != "weights"} for group in description(self.adapter)["forms"]]
         return {"baked": made, "from": [self.base.lineage(identify)], "adapter": self.adapter.lineage(identify)}

@@ -24,26 +24,28 @@ def generator(seed: int, *keys: object) -> "torch.Generator":
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def resolve(value: Any, spec: Spec, *, several: bool = False) -> Any:
+def resolve(value: Any, spec: Spec, *, several: bool = False, whole: bool = False) -> Any:
     """A hyperparameter's value for one tensor.
 
     Args:
         value: the value itself; a list of values, interpolated over the depth of the network; or a map from globs
-            over names and roles to such values, the first match counting, with `*` as the default.
+            over names and roles to such values, an exact name before globs, the first glob that matches, `*` as the default.
         several: the value is itself a list of numbers, one a model, and only a list of lists runs over depth.
+        whole: the value is a whole number: between two of a list, the nearest.
 
     Raises:
         MethodError: no glob of a map matches.
     """
     if isinstance(value, Mapping):
-        for glob, inner in value.items():
-            if matches(spec, glob):
-                return resolve(inner, spec, several=several)
+        for glob, inner in ((spec.name, value[spec.name]),) if spec.name in value else value.items():
+            if matches(spec, glob) or glob == spec.name:
+                return resolve(inner, spec, several=several, whole=whole)
         raise MethodError(f"no glob matches: {', '.join(value)}", where=spec.name, hint='add a default: {"*": ...}')
     if isinstance(value, list) and value and all(isinstance(v, list if several else int | float) for v in value):
         place = spec.depth * (len(value) - 1)
         left = max(0, min(int(place), len(value) - 2))
-        return _between(value[left], value[min(left + 1, len(value) - 1)], place - left)
+        found = _between(value[left], value[min(left + 1, len(value) - 1)], place - left)
+        return round(found) if whole else found
     return value
 
 
@@ -100,14 +102,15 @@ def apply(
         raise InputError("no model given", where=about.id)
     if about.unit in ("w", "spec") and len(models) > 1:
         raise InputError(f"{len(models)} models given where one is taken", where=about.id)
-    _check_needs(about, base, stats, evaluate)
+    check_needs(about, base, stats, evaluate)
     if about.unit == "models":
         extra = {"evaluate": evaluate} if "evaluate" in about.needs else {}
         return about.function(list(models), **extra, **about.validate(hyperparameters))
     return Applied(about, models, base, stats, where, exclude, seed, hyperparameters, allow_mismatch, allow_nonfinite)
 
 
-def _check_needs(about: Card, base: Weights | None, stats: Mapping[str, Weights], evaluate: object) -> None:
+def check_needs(about: Card, base: Weights | None, stats: Mapping[str, Weights], evaluate: object) -> None:
+    """Raise MethodError unless all that a method asks for is there, and no statistic it has no use for."""
     given = {"base": base, "evaluate": evaluate, "rng": True, **stats}
     for need in about.needs:
         if given.get(need) is None and need not in about.optional:
@@ -168,7 +171,7 @@ class Applied(Weights):
     def inputs(self) -> tuple[Weights, ...]:
         return (*self.models, *((self.base,) if self.base is not None else ()), *self.stats.values())
 
-    def lineage(self, identify: Callable[[str], str]) -> dict[str, Any]:
+    def lineage(self, identify: Callable[[str], Any]) -> dict[str, Any]:
         shown = {"with": self.hyper, "where": self.where, "exclude": self.exclude, "seed": self.seed}
         made = {
             "method": self.id,
@@ -219,8 +222,9 @@ class Applied(Weights):
 
     def _values(self, name: str, hyper: Mapping[str, Any]) -> dict[str, Any]:
         spec = self._trunk.spec(name)
-        several = self.card.several
-        items = tuple((k, _frozen(resolve(v, spec, several=k in several))) for k, v in hyper.items())
+        several, whole = self.card.several, self.card.whole
+        found = {k: resolve(v, spec, several=k in several, whole=k in whole) for k, v in hyper.items()}
+        items = tuple((k, _frozen(v)) for k, v in found.items())
         return _validated(self.id, items)
 
     def spec(self, name: str) -> Spec:
@@ -356,9 +360,10 @@ _VALIDATED: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 def _validated(method: str, items: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     """The validated hyperparameters, each distinct set checked once."""
-    key = (method, items)
+    about = card(method)
+    key = (about.function, repr(items))
     if key not in _VALIDATED:
-        _VALIDATED[key] = card(method).validate(dict(items))
+        _VALIDATED[key] = about.validate(dict(items))
     return _VALIDATED[key]
 
 

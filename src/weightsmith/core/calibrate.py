@@ -23,7 +23,8 @@ from weightsmith.core.apply import Applied, apply
 from weightsmith.core.errors import InputError, MethodError, MismatchError, first_few, nearest
 from weightsmith.core.formats.safetensors import content_hash
 from weightsmith.core.method import STATISTICS, card
-from weightsmith.core.weights import Memory, Origin, Spec, View, Weights, matches
+from weightsmith.core.parametrization import Parametrization
+from weightsmith.core.weights import Memory, Origin, Spec, View, Weights, any_match, matches
 from weightsmith.core.weights import open as open_weights
 
 Batch = Tensor | Mapping[str, Any] | Sequence[Any]
@@ -35,6 +36,9 @@ Progress = Callable[[int, int, str], object]
 
 LAYERS = (nn.Linear, nn.Conv2d)
 """The modules whose inputs are measured."""
+
+TOKENS = 1024
+"""Tokens of a forward pass that measures and changes nothing: logits of more would be large."""
 
 
 def statistics(
@@ -79,11 +83,12 @@ def statistics(
         with ExitStack() as stack:
             for name, module in targets.items():
                 stack.callback(module.register_forward_pre_hook(inputs.hook(name)).remove)
-            for i, batch in enumerate(batches, 1):
-                with inputs.of(batch):
-                    _forward(model, batch, precision)
+            pieces = [piece for batch in batches for piece in _pieces(batch)]
+            for i, piece in enumerate(pieces, 1):
+                with inputs.of(piece):
+                    _forward(model, piece, precision)
                 if progress:
-                    progress(i, len(batches), ", ".join(of_inputs))
+                    progress(i, len(pieces), ", ".join(of_inputs))
         measured = inputs.totals()
         for need in of_inputs:
             found[need] = {name: measured[name].statistic(need) for name in targets if name in measured}
@@ -151,11 +156,12 @@ def apply_sequential(
     """
     about, model = card(method), live(weights)
     state = Memory({n: p.detach() for n, p in model.named_parameters() if n in weights}, weights.origin)
-    now = {need: _Now(state) for need in about.needs if need in STATISTICS}
+    layers = {name: module for name, module in _targets(model).items() if name in state}
+    now = {need: _Now(state, layers) for need in about.needs if need in STATISTICS}
     view = apply(method, state, stats=now, where=where, exclude=exclude, seed=seed, **hyperparameters)
     if not isinstance(view, Applied):
         raise MethodError("it works on whole models", where=about.id, hint="use `apply`")
-    targets = {name: module for name, module in _targets(model).items() if name in state and name not in view.untouched}
+    targets = {name: module for name, module in layers.items() if name not in view.untouched}
     made: dict[str, Tensor] = {}
 
     def change(name: str, weight: Tensor, measured: Mapping[str, Tensor]) -> Tensor:
@@ -167,6 +173,41 @@ def apply_sequential(
     _change(model, _listed(batches), targets, change, tuple(now), precision, progress)
     dtypes = {name: weights.spec(name).torch_dtype for name in made}
     return Memory({n: made[n].to(dtypes[n]) if n in made else weights.read(n) for n in weights}, weights.origin)
+
+
+def encode_sequential(
+    form: Parametrization,
+    weights: Weights,
+    batches: Iterable[Batch],
+    *,
+    where: str | None = None,
+    exclude: str | tuple[str, ...] = (),
+    precision: Precision = "float32",
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Tensor]]:
+    """Like `apply_sequential`, but what each weight is encoded to, to be stored packed.
+
+    Args:
+        form: a parametrization with its hyperparameters, such as `gptq(bits=4)`.
+        weights: the model's weights; `live` builds it.
+        batches: as for `statistics`.
+        where: globs over names and roles; by default the roles the method is for.
+        exclude: globs of tensors to leave alone.
+        precision: dtype of the forward passes.
+        progress: called with weights done, their number and the name of the last.
+    """
+    about, model = card(type(form)), live(weights)
+    needs = tuple(need for need in about.needs if need in STATISTICS)
+    found = _targets(model, where or about.roles)
+    targets = {n: module for n, module in found.items() if n in weights and not any_match(weights.spec(n), exclude)}
+    thetas: dict[str, dict[str, Tensor]] = {}
+
+    def change(name: str, weight: Tensor, measured: Mapping[str, Tensor]) -> Tensor:
+        thetas[name] = form.encode(weight.flatten(1), *(measured[need] for need in needs))
+        return form.decode(**thetas[name]).view(weight.shape)
+
+    _change(model, _listed(batches), targets, change, needs, precision, progress)
+    return thetas
 
 
 def cached_statistics(
@@ -250,7 +291,11 @@ def live(weights: Weights, dtype: torch.dtype = torch.float32) -> nn.Module:
             raise InputError(
                 f"transformers cannot build {kind.__name__} from this config: {error}", where=where
             ) from error
-    wrong = [f"{what.removesuffix('_keys')}: {_shown(key)}" for what, keys in report.items() for key in keys]
+    wrong = [
+        f"{what.removesuffix('_keys')}: {key if isinstance(key, str) else key[0]}"
+        for what, keys in report.items()
+        for key in keys
+    ]
     if wrong:
         raise MismatchError(
             f"the checkpoint does not fit {kind.__name__}\n{first_few(wrong)}",
@@ -258,17 +303,6 @@ def live(weights: Weights, dtype: torch.dtype = torch.float32) -> nn.Module:
             hint="see `weightsmith inspect`; is config.json this checkpoint's own?",
         )
     return model.eval()
-
-
-def _shown(key: Any) -> str:
-    """A key of transformers' loading report; of a mismatch, with both shapes."""
-    return (
-        key
-        if isinstance(key, str)
-        else ", ".join(
-            str(list(part) if isinstance(part, Sequence) and not isinstance(part, str) else part) for part in key
-        )
-    )
 
 
 @contextmanager
@@ -502,6 +536,8 @@ def _change(
         changed.add(name)
         if progress:
             progress(len(changed), len(targets), name)
+        if len(batches) == 1 and len(changed) == len(targets):
+            raise _EnoughError
 
     with ExitStack() as stack:
         if len(batches) == 1:
@@ -512,7 +548,7 @@ def _change(
 
             for name, module in targets.items():
                 stack.callback(module.register_forward_pre_hook(hook(name)).remove)
-            with inputs.of(batches[0]):
+            with inputs.of(batches[0]), suppress(_EnoughError):
                 _forward(model, batches[0], precision)
         else:
             walk = _Lockstep(len(batches))
@@ -536,6 +572,10 @@ def _units(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, dict
         inside = (prefix for i in range(1, len(parts)) if (prefix := ".".join(parts[:i])) in blocks)
         units.setdefault(next(inside, name.rpartition(".")[0]), {})[name] = module
     return units
+
+
+class _EnoughError(Exception):
+    """Ends a forward pass when nothing is left to change: the logits of a whole batch would be large."""
 
 
 class _AbandonedError(Exception):
@@ -683,34 +723,44 @@ def _length(batch: Batch) -> int:
     return next((len(v) for v in values if isinstance(v, Tensor) and v.ndim), 1)
 
 
-def _samples(batch: Batch) -> Iterator[Batch]:
-    """The samples of a batch, as batches of one."""
+def _samples(batch: Batch, count: int = 1) -> Iterator[Batch]:
+    """A batch as batches of `count` samples."""
     size = _length(batch)
 
     def cut(value: Any, i: int) -> Any:
-        return value[i : i + 1] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
+        return value[i : i + count] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
 
-    for i in range(size):
+    for i in range(0, size, count):
         if isinstance(batch, Mapping):
             yield {name: cut(value, i) for name, value in batch.items()}
         else:
             yield cut(batch, i) if isinstance(batch, Tensor) else [cut(value, i) for value in batch]
 
 
+def _pieces(batch: Batch) -> Iterator[Batch]:
+    """A batch of token ids cut so that no piece has over `TOKENS` of them; other batches as they are."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    if isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point() and ids.numel() > TOKENS:
+        yield from _samples(batch, max(TOKENS // ids.shape[1], 1))
+    else:
+        yield batch
+
+
 class _Now(Weights):
     """A statistic that holds one tensor at a time: that of the layer being changed."""
 
-    def __init__(self, like: Weights):
-        self._like, self._name, self._tensor = like, "", torch.empty(0)
+    def __init__(self, like: Weights, names: Iterable[str]):
+        self._like, self._names = like, tuple(names)
+        self._name, self._tensor = "", torch.empty(0)
 
     def put(self, name: str, tensor: Tensor) -> None:
         self._name, self._tensor = name, tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._like)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._like)
+        return len(self._names)
 
     def spec(self, name: str) -> Spec:
         return self._like.spec(name)

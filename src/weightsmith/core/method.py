@@ -206,6 +206,12 @@ class Card:
         """Hyperparameters that may hold one value a model."""
         return frozenset(h.name for h in self.hyperparameters.values() if "tuple[" in str(h.annotation))
 
+    @cached_property
+    def whole(self) -> frozenset[str]:
+        """Hyperparameters that are whole numbers."""
+        kinds = {h.name: str(h.annotation) for h in self.hyperparameters.values()}
+        return frozenset(n for n, k in kinds.items() if re.search(r"\bint\b", k) and not re.search("float|Literal", k))
+
     @property
     def elementwise(self) -> bool:
         """Whether its law says that pieces of the result need only the same pieces of the inputs."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -9,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightsmith import __version__
-from weightsmith.core.apply import apply
-from weightsmith.core.errors import InputError, MethodError
+from weightsmith.core.apply import Applied, apply, check_needs
+from weightsmith.core.errors import InputError, MethodError, nearest
 from weightsmith.core.formats import safetensors
 from weightsmith.core.method import STATISTICS, get
-from weightsmith.core.plan import Plan, staging
+from weightsmith.core.plan import Plan, staging, step_line
 from weightsmith.core.plan import plan as plan_of
 from weightsmith.core.recipe import Recipe, Step, load
 from weightsmith.core.run import Progress, save
-from weightsmith.core.weights import Spec, Weights, agree, matches
+from weightsmith.core.text import TRAIN, check_text, chunks, read_text
+from weightsmith.core.weights import Spec, View, Weights, agree, any_match, matches
 from weightsmith.core.weights import open as open_weights
 
 if TYPE_CHECKING:
@@ -26,11 +28,15 @@ if TYPE_CHECKING:
 Steps = Callable[[int, int, str], object]
 
 
-class Promised(Weights):
-    """Statistics that a run will measure: a plan may know they will be there, and nobody can read them."""
+class UnmeasuredError(MethodError):
+    """A statistic is read before it is measured."""
 
-    def __init__(self, model: Weights):
-        self.model = model
+
+class Promised(Weights):
+    """A statistic that a run will measure: a plan may know it will be there, and nobody can read it."""
+
+    def __init__(self, model: Weights, need: str):
+        self.model, self.need = model, need
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in self.model if len(self.model.spec(name).shape) > 1)
@@ -39,13 +45,36 @@ class Promised(Weights):
         return sum(1 for _ in self)
 
     def spec(self, name: str) -> Spec:
-        return replace(self.model.spec(name), dtype="float32")
+        spec = self.model.spec(name)
+        inputs = math.prod(spec.shape[1:])
+        shape = {"act_norm": (inputs,), "gram": (inputs, inputs)}.get(self.need, spec.shape)
+        return replace(spec, dtype="float32", shape=shape)
 
     def read(self, name: str) -> "Tensor":
-        raise MethodError("measured when the recipe runs", where=name)
+        raise UnmeasuredError(f"`{self.need}` is measured when the method runs", where=name)
 
-    def lineage(self, identify: Callable[[str], str]) -> dict[str, Any]:
+    def lineage(self, identify: Callable[[str], Any]) -> dict[str, Any]:
         return {"measured": True}
+
+
+class Made(View):
+    """Tensors that are there already, with the lineage of the view that they were made from.
+
+    Args:
+        tensors: the tensors.
+        view: what they are the result of.
+        about: what to add to its lineage.
+    """
+
+    def __init__(self, tensors: Weights, view: Weights, about: Mapping[str, Any]):
+        super().__init__(tensors, {name: name for name in tensors})
+        self.view, self.about, self.origin = view, dict(about), view.origin
+
+    def inputs(self) -> tuple[Weights, ...]:
+        return (self.view,)
+
+    def lineage(self, identify: Callable[[str], Any]) -> dict[str, Any]:
+        return {**self.view.lineage(identify), **self.about}
 
 
 class Pipeline:
@@ -55,37 +84,33 @@ class Pipeline:
         recipe: what to do.
 
     Raises:
-        InputError: a model is not there.
+        InputError: a model or a text is not there.
     """
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.models = {name: open_weights(path) for name, path in recipe.models.items()}
+        for step in recipe.steps:
+            for text in (step.calibrate, step.evaluate, step.data):
+                if text:
+                    check_text(text.text)
 
     def plan(self) -> Plan:
         """What `run` would do, without reading a tensor."""
-        results = dict(self.models)
-        current, measured = next(iter(self.models.values())), []
+        results, steps = dict(self.models), []
+        current = next(iter(self.models.values()))
         for step in self.recipe.steps:
             about = get(step.use)
-            if about.kind == "measure":
-                measured.append({"method": about.id, **step.with_})
-                continue
             models, base = self._inputs(step, results, current)
-            promised = {need: Promised(models[0]) for need in about.needs if step.calibrate and need in STATISTICS}
-            if about.unit == "models":
-                agree(models)
-                current = models[0]
-                measured.append({"method": about.id, **step.with_})
-            else:
-                current = apply(
-                    about.id, models, base=base, stats={**promised, **_files(step)}, **_options(step), **step.with_
-                )
-            results[step.as_ or "previous"] = current
+            if about.kind == "measure":
+                steps.append({"method": about.id, **step.with_})
+                continue
+            current = apply_method(about.id, models, base=base, dry=True, **_arguments(step))
+            steps.append(step_line(current) if isinstance(current, Applied) else {"method": about.id, **step.with_})
+            if step.as_:
+                results[step.as_] = current
         planned = plan_of(self._typed(current), shards=self.recipe.write.shards if self.recipe.write else "5GB")
-        if self.recipe.write is None:
-            planned = replace(planned, tasks=())
-        return replace(planned, steps=(*planned.steps, *measured))
+        return replace(planned, steps=tuple(steps), tasks=planned.tasks if self.recipe.write else ())
 
     def run(
         self,
@@ -104,17 +129,16 @@ class Pipeline:
         """
         from weightsmith.core.report import Report
 
-        write = self.recipe.write
-        record = Path(self.recipe.report or (f"{write.to}.report.html" if write else "report.html")).with_suffix(
-            ".jsonl"
-        )
+        write, shown = self.recipe.write, self.recipe.report
         if write and Path(write.to).exists() and not overwrite:
             raise InputError(
                 "there is something here already", where=write.to, hint="add `--overwrite`, or write elsewhere"
             )
+        work = staging(Path(write.to if write else shown or "recipe").absolute()).with_suffix(".steps")
+        record = work / "report.jsonl"
+        record.unlink(missing_ok=True)
         report = Report(record, title=f"Recipe: {', '.join(step.use for step in self.recipe.steps)}")
         report.add("run", recipe=self.recipe.resolved(), versions={"weightsmith": __version__})
-        work = staging(Path(write.to if write else record)).with_suffix(".steps")
         results, current = dict(self.models), next(iter(self.models.values()))
         told: dict[str, Any] = {}
         for number, step in enumerate(self.recipe.steps, 1):
@@ -124,21 +148,10 @@ class Pipeline:
             if about.kind == "measure":
                 told |= self._measured(step, name, models, base, report)
                 continue
-            text = step.calibrate or step.evaluate
-            arguments = {
-                "base": base, **_options(step), "stats": _files(step), "values": step.with_,
-                "calibrate": step.calibrate.text if step.calibrate else None,
-                "evaluate": step.evaluate.text if step.evaluate else None,
-                "sequential": step.calibrate.sequential if step.calibrate else True,
-                **({"samples": text.samples, "length": text.length} if text else {}),
-            }  # fmt: skip
-            if step.calibrate and resume:
-                current = self._kept(
-                    work / f"{number}", models, base, step, lambda m=models, a=arguments: apply_method(about.id, m, **a)
-                )
-            else:
-                current = apply_method(about.id, models, **arguments)
-            results[step.as_ or "previous"] = current
+            keep = work / str(number) if resume else None
+            current = apply_method(about.id, models, base=base, keep=keep, **_arguments(step))
+            if step.as_:
+                results[step.as_] = current
             report.add(
                 "step", name=name, method=about.id, settings=step.with_, inputs=[m.origin.path or "" for m in models]
             )
@@ -148,10 +161,11 @@ class Pipeline:
                 jobs=jobs, progress=progress, about={"recipe": self.recipe.resolved()},
             )  # fmt: skip
             told["written"] = str(path)
-            report.add("file", path=str(path), bytes=current.nbytes)
-        if self.recipe.report:
-            told["report"] = str(report.html(self.recipe.report))
-        shutil.rmtree(work, ignore_errors=True)
+            report.add("file", path=str(path), bytes=self._typed(current).nbytes)
+        if shown:
+            told["report"] = str(report.html(shown))
+            shutil.copyfile(record, Path(shown).with_suffix(".jsonl"))
+        shutil.rmtree(work)
         return told
 
     def _measured(
@@ -159,27 +173,16 @@ class Pipeline:
     ) -> dict[str, Any]:
         about = get(step.use)
         text = {"text": step.data.text, "samples": step.data.samples, "length": step.data.length} if step.data else {}
-        rows = read_measure(about.id, models, base=base, where=step.where, **text, **step.with_)
+        rows = read_measure(
+            about.id, models, base=base, where=step.where, exclude=tuple(step.exclude), **text, values=step.with_
+        )
         if len(rows) == 1 and isinstance(rows[0].get(about.name), float):
             report.add(
                 "score", step=name, metric=about.name, on=step.data.text if step.data else "", value=rows[0][about.name]
             )
             return {name: rows[0][about.name]}
         report.add("note", title=name, text=json.dumps(rows[:100], default=str))
-        return {name: f"{len(rows)} tensors, in the report"}
-
-    def _kept(
-        self, folder: Path, models: list[Weights], base: Weights | None, step: Step, make: Callable[[], Weights]
-    ) -> Weights:
-        """The result of a step that a live model took part in, kept on disk so that a killed run goes on after it."""
-        inputs = [m.lineage(safetensors.fingerprint) for m in (*models, *((base,) if base else ()))]
-        digest = hashlib.blake2b(
-            json.dumps([__version__, inputs, step.model_dump()], default=str).encode(), digest_size=8
-        )
-        out = folder.with_name(f"{folder.name}-{digest.hexdigest()}")
-        if not out.exists():
-            save(make(), out, digest=False)
-        return open_weights(out)
+        return {name: f"{len(rows)} tensors" + (", in the report" if self.recipe.report else "")}
 
     def _inputs(
         self, step: Step, results: Mapping[str, Weights], current: Weights
@@ -201,15 +204,18 @@ def run(recipe: str | Path, **options: Any) -> dict[str, Any]:
     return Pipeline(load(recipe)).run(**options)
 
 
-def _options(step: Step) -> dict[str, Any]:
+def _arguments(step: Step) -> dict[str, Any]:
+    """A step as arguments of `apply_method`."""
+    text = step.calibrate or step.evaluate
     return {
-        "where": step.where, "exclude": tuple(step.exclude), "seed": step.seed,
+        "stats": {name: open_weights(path) for name, path in step.needs.items()},
+        "calibrate": step.calibrate.text if step.calibrate else None,
+        "evaluate": step.evaluate.text if step.evaluate else None,
+        "sequential": step.calibrate.sequential if step.calibrate else True,
+        **({"samples": text.samples, "length": text.length} if text else {}),
+        "values": step.with_, "where": step.where, "exclude": tuple(step.exclude), "seed": step.seed,
         "allow_mismatch": step.allow_mismatch, "allow_nonfinite": step.allow_nonfinite,
     }  # fmt: skip
-
-
-def _files(step: Step) -> dict[str, Weights]:
-    return {name: open_weights(path) for name, path in step.needs.items()}
 
 
 def apply_method(
@@ -223,6 +229,8 @@ def apply_method(
     samples: int = 16,
     length: int = 512,
     sequential: bool = True,
+    keep: Path | None = None,
+    dry: bool = False,
     progress: Steps | None = None,
     values: Mapping[str, Any],
     **options: Any,
@@ -232,38 +240,74 @@ def apply_method(
     Args:
         calibrate: text to measure statistics on: a file or a domain.
         evaluate: held-out text; the score is minus the perplexity.
+        samples: chunks of text.
+        length: tokens in a chunk.
         sequential: measure each layer after the ones before it have changed, where the method allows it.
+        keep: where to keep a result that took measuring, so that a killed run need not measure again.
+        dry: measure nothing: enough for a plan.
+        progress: called with layers done, their number and the last one's name.
         values: the hyperparameters.
         **options: as for `apply`.
     """
     about, stats = get(method), dict(stats or {})
-    missing = [need for need in about.needs if need in STATISTICS and need not in stats]
-    if calibrate and missing:
-        from weightsmith.core import calibrate as calibration
-        from weightsmith.core.text import TRAIN, chunks
-
-        batches = [chunks(models[0], calibrate, samples=samples, length=length, split=TRAIN, spread=True)]
-        if sequential and not stats and set(missing) <= {"gram", "act_norm"}:
-            chosen = {k: options[k] for k in ("where", "exclude", "seed") if k in options}
-            return calibration.apply_sequential(method, models[0], batches, progress=progress, **chosen, **values)
-        stats |= calibration.statistics(calibration.live(models[0]), batches, missing, progress=progress)
+    missing = [need for need in about.needs if need in STATISTICS and need not in stats] if calibrate else []
+    for text in filter(None, (calibrate, evaluate)):
+        check_text(text)
+    if dry and about.unit == "models":
+        check_needs(about, base, stats, evaluate)
+        about.validate(values)
+        agree(models)
+        return models[0]
     score = None
     if evaluate:
 
         def score(weights: Weights) -> float:
             return -perplexity_on(weights, evaluate, samples=samples, length=length)
 
-    return apply(method, models, base=base, stats=stats, evaluate=score, **options, **values)
+    promised = {need: Promised(models[0], need) for need in missing}
+    view = apply(method, models, base=base, stats={**stats, **promised}, evaluate=score, **options, **values)
+    if dry or calibrate is None or not missing or not isinstance(view, Applied):
+        return view
+    settings = {"text": calibrate, "samples": samples, "length": length, "sequential": sequential}
+    measured_on = {"calibrate": {**settings, "blake2b": _hash(read_text(calibrate, TRAIN))}}
+    if keep:
+        key = json.dumps([__version__, view.lineage(safetensors.fingerprint), measured_on], default=str)
+        keep = keep.with_name(f"{keep.name}-{_hash(key)}")
+        if keep.exists():
+            return Made(open_weights(keep), view, measured_on)
+    from weightsmith.core import calibrate as calibration
+
+    batches = [chunks(models[0], calibrate, samples=samples, length=length, split=TRAIN, spread=True)]
+    in_turn = sequential and about.unit == "w" and not stats and set(missing) <= {"gram", "act_norm"}
+    if in_turn and not _decides_by_statistics(view):
+        chosen = {name: options[name] for name in ("where", "exclude", "seed", "allow_nonfinite") if name in options}
+        made = calibration.apply_sequential(method, models[0], batches, progress=progress, **chosen, **values)
+    else:
+        stats |= calibration.statistics(calibration.live(models[0]), batches, missing, progress=progress)
+        made = apply(method, models, base=base, stats=stats, **options, **values)
+    if keep:
+        save(made, keep, digest=False)
+        made = open_weights(keep)
+    return Made(made, view, measured_on)
+
+
+def _decides_by_statistics(view: Applied) -> bool:
+    """Whether the method needs the statistics of all tensors together, as a threshold over all scores does."""
+    try:
+        _ = view.decided
+    except UnmeasuredError:
+        return True
+    return False
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def perplexity_on(weights: Weights, text: str, *, samples: int = 16, length: int = 512) -> float:
     """A language model's perplexity on a text: a file or a domain's held-out part."""
-    from weightsmith.core.calibrate import live
-    from weightsmith.core.text import chunks
-
-    return float(
-        get("measure.perplexity").function(live(weights), chunks(weights, text, samples=samples, length=length))
-    )
+    rows = read_measure("measure.perplexity", [weights], text=text, samples=samples, length=length, values={})
+    return rows[0]["perplexity"]
 
 
 def read_measure(
@@ -272,31 +316,39 @@ def read_measure(
     *,
     base: Weights | None = None,
     where: str = "*",
+    exclude: tuple[str, ...] = (),
     text: str | None = None,
     samples: int = 16,
     length: int = 512,
     progress: Steps | None = None,
-    **values: Any,
+    values: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """A measure of a checkpoint: one row for the whole model, or one for each tensor the measure is for.
 
     Raises:
+        InputError: several models, or no tensor to measure.
         MethodError: it needs text or a base that was not given.
     """
     about = get(method)
     checked = about.validate(values)
+    if len(models) > 1:
+        raise InputError(f"{len(models)} models given where one is taken", where=about.id, hint="measure one at a time")
     if about.unit == "model":
         if text is None:
-            raise MethodError(
-                "it needs text", where=about.id, hint="`--evaluate TEXT`, or `data: {text: TEXT}` in a recipe"
-            )
-        return [{about.name: perplexity_on(models[0], text, samples=samples, length=length)}]
+            raise MethodError("it needs text", where=about.id, hint="`--on TEXT`, or `data: {text: TEXT}` in a recipe")
+        from weightsmith.core.calibrate import live
+
+        batch = chunks(models[0], text, samples=samples, length=length)
+        return [{about.name: float(about.function(live(models[0]), batch, **checked))}]
     if "base" in about.needs and base is None:
         raise MethodError("it needs a base to compare with", where=about.id, hint="add `--base MODEL`")
     if base is not None:
         agree((models[0], base))
-    specs = [models[0].spec(name) for name in models[0]]
-    chosen = [s for s in specs if s.computable and matches(s, where) and (len(s.shape) > 1 or not about.matrix_only)]
+    specs = [spec for spec in map(models[0].spec, models[0]) if spec.computable and not any_match(spec, exclude)]
+    chosen = [s for s in specs if matches(s, where) and (len(s.shape) > 1 or not about.matrix_only)]
+    if not chosen:
+        raise InputError(f"`{where}` matches no tensor to measure", where=models[0].origin.path,
+                         hint=nearest(where, models[0], what="there are"))  # fmt: skip
     rows = []
     for done, spec in enumerate(chosen, 1):
         tensors = [m.read(spec.name).float() for m in (models[0], *((base,) if "base" in about.needs and base else ()))]

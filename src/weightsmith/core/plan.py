@@ -113,7 +113,12 @@ def plan(weights: Weights, *, shards: str | int = "5GB", jobs: int | None = None
         shards: bytes in a shard at most, such as `5GB`; a tensor is never split.
         jobs: shards worked on at a time; the cores by default.
         digest: hash the output while it is written.
+
+    Raises:
+        InputError: `shards` is no size, or `jobs` is below 1.
     """
+    if jobs is not None and jobs < 1:
+        raise InputError(f"jobs = {jobs}: at least one shard has to be worked on", hint="leave it out to use all cores")
     specs = [weights.spec(name) for name in weights]
     warnings, steps = [], []
     kept = _without_ties(weights, specs, warnings)
@@ -127,18 +132,11 @@ def plan(weights: Weights, *, shards: str | int = "5GB", jobs: int | None = None
         ).encode(),
         digest_size=16,
     ).hexdigest()
-    metadata = {"format": "pt", "weightsmith": __version__, "plan": identity}
+    metadata = {"format": "pt", "weightsmith": __version__}
     tasks = tuple(Task(n, tuple(g), weights, metadata, digest) for n, g in zip(names, groups, strict=True))
     reads = {source.origin.path or "memory": source.nbytes for source in weights.sources()}
     for applied in _applied(weights):
-        steps.append(
-            {
-                "method": applied.id,
-                "tensors": len(applied) - len(applied.untouched),
-                "of": len(applied),
-                **applied.hyper,
-            }
-        )
+        steps.append(step_line(applied))
         warnings += _about(applied)
     workers = min(jobs or os.cpu_count() or 1, len(tasks)) or 1
     work = sum(reads.values()) * len(steps)
@@ -152,6 +150,12 @@ def plan(weights: Weights, *, shards: str | int = "5GB", jobs: int | None = None
         tuple(steps),
         identity,
     )
+
+
+def step_line(applied: Applied) -> dict[str, Any]:
+    """A step of a plan: the method, how many tensors it works on, and its settings."""
+    touched = len(applied) - len(applied.untouched)
+    return {"method": applied.id, "tensors": touched, "of": len(applied), **applied.hyper}
 
 
 def _applied(weights: Weights) -> list[Applied]:

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from weightsmith.core.errors import MethodError, RecipeError, nearest
-from weightsmith.core.method import STATISTICS, index
+from weightsmith.core.errors import InputError, MethodError, RecipeError, nearest
+from weightsmith.core.method import NEEDS, STATISTICS, index
 
 LIMIT = 1 << 20
 """Bytes of a recipe at most."""
@@ -95,7 +95,7 @@ class Recipe(_Strict):
         report: path of the HTML report.
     """
 
-    models: dict[str, str]
+    models: Annotated[dict[str, str], Field(min_length=1)]
     steps: Annotated[list[Step], Field(min_length=1)]
     write: Write | None = None
     report: str | None = None
@@ -103,6 +103,17 @@ class Recipe(_Strict):
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain data, without defaults."""
         return self.model_dump(by_alias=True, exclude_defaults=True)
+
+
+HINTS = {
+    "models": "models: {base: ./base, expert: ./expert}",
+    "steps": "steps: [{use: merge.linear, from: [base, expert]}]",
+    "use": "use: family.method, see `weightsmith ls`",
+    "from": "from: [base, expert]",
+    "to": "write: {to: ./out}",
+    "text": "calibrate: {text: documentation}",
+}
+"""Key -> what it looks like."""
 
 
 def load(path: str | Path) -> Recipe:
@@ -129,7 +140,7 @@ def parse(text: str, name: str = "recipe") -> Recipe:
     tree = _tree(text, name)
     if not isinstance(tree, Mapping):
         raise RecipeError(
-            "a recipe is a map with `models` and `steps`", where=f"{name}:1:1", hint="see `weightsmith plan --help`"
+            "a recipe is a map with `models` and `steps`", where=f"{name}:1:1", hint=f"begin with {HINTS['models']}"
         )
     try:
         recipe = Recipe.model_validate(_plain(tree))
@@ -141,6 +152,7 @@ def parse(text: str, name: str = "recipe") -> Recipe:
 
 def _tree(text: str, name: str) -> Any:
     from ruamel.yaml import YAML
+    from ruamel.yaml.constructor import DuplicateKeyError
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
     from ruamel.yaml.events import AliasEvent, MappingStartEvent, SequenceStartEvent
 
@@ -156,6 +168,10 @@ def _tree(text: str, name: str) -> Any:
     except MarkedYAMLError as error:
         mark = error.problem_mark
         problem = re.sub(r"\s+", " ", str(error.problem or error.context))
+        if isinstance(error, DuplicateKeyError):
+            problem = re.sub(r'.*duplicate key "(.*?)" with value.*', r"the key `\1` is there twice", problem)
+        if "'\\t'" in problem:
+            problem = "a tab; YAML is indented with spaces"
         raise RecipeError(problem, where=_at(name, mark.line, mark.column) if mark else name) from None
     except (YAMLError, RecursionError, ValueError) as error:
         raise RecipeError(str(error).split("\n")[0], where=name) from None
@@ -170,7 +186,7 @@ def _plain(node: Any) -> Any:
     for kind in (bool, int, float, str):
         if isinstance(node, kind):
             return kind(node)
-    return node
+    return node if node is None else str(node)
 
 
 def _at(name: str, line: int, column: int) -> str:
@@ -191,8 +207,9 @@ def _place(tree: Any, path: tuple[Any, ...], name: str) -> str:
 
 
 def _explained(error: ValidationError, tree: Any, name: str) -> RecipeError:
-    first = error.errors()[0]
-    path = tuple(part for part in first["loc"] if part not in ("from_", "with_"))
+    found = error.errors()
+    first = next((e for e in found if e["type"] == "extra_forbidden"), found[0])
+    path = tuple(part for part in first["loc"] if "[" not in str(part))
     place, key = _place(tree, path, name), path[-1] if path else ""
     if first["type"] == "extra_forbidden":
         owner = {1: Recipe}.get(
@@ -200,15 +217,28 @@ def _explained(error: ValidationError, tree: Any, name: str) -> RecipeError:
         )
         known = [field.alias or field_name for field_name, field in owner.model_fields.items()]
         return RecipeError(f"unknown key `{key}`", where=place, hint=nearest(str(key), known, what="the keys here are"))
-    message = first["msg"][0].lower() + first["msg"][1:]
-    shown = f"`{'.'.join(map(str, path))}`: {message}" if path else message
+    if first["type"] == "missing":
+        return RecipeError(f"`{key}` is missing", where=place, hint=HINTS.get(str(key)))
+    if first["type"] == "too_short":
+        return RecipeError(f"`{key}` is empty", where=place, hint=HINTS.get(str(key)))
+    if len(path) == 4 and path[2] == "needs":
+        return RecipeError(f"unknown statistic `{key}`", where=place, hint=nearest(str(key), STATISTICS))
     given = first.get("input")
-    return RecipeError(shown + (f", given {given!r}" if isinstance(given, str | int | float) else ""), where=place)
+    shown = f", given {given!r}" if isinstance(given, str | int | float) else ""
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return RecipeError(f"`{'.'.join(map(str, path))}`: {message}{shown}", where=place, hint=HINTS.get(str(key)))
 
 
 def _check(recipe: Recipe, tree: Any, name: str) -> None:
     """Names exist, methods exist, hyperparameters are known, each with the place where it is not so."""
+    from weightsmith.core.plan import size
+
     known = set(recipe.models)
+    if recipe.write:
+        try:
+            size(recipe.write.shards)
+        except InputError as error:
+            raise RecipeError(error.message, where=_place(tree, ("write", "shards"), name), hint=error.hint) from None
     for i, step in enumerate(recipe.steps):
         at = ("steps", i)
         card = index().get(step.use) or next((c for c in index().values() if c["name"] == step.use), None)
@@ -228,11 +258,33 @@ def _check(recipe: Recipe, tree: Any, name: str) -> None:
             if source not in known:
                 hint = nearest(source, known, what="the models are")
                 raise RecipeError(f"unknown model `{source}`", where=_place(tree, (*at, key), name), hint=hint)
+        if step.data and card["unit"] != "model":
+            raise RecipeError(f"`{card['id']}` reads no text", where=_place(tree, (*at, "data"), name),
+                              hint="leave out `data`")  # fmt: skip
         if i == 0 and not sources and len(recipe.models) > 1:
             raise RecipeError("which models? the first step needs `from`", where=_place(tree, at, name),
                               hint=f"from: [{', '.join(recipe.models)}]")  # fmt: skip
-        if step.as_:
+        _check_needs(card, step, _place(tree, at, name))
+        if step.as_ in known:
+            raise RecipeError(f"the name `{step.as_}` is taken", where=_place(tree, (*at, "as"), name),
+                              hint="give the result a name of its own")  # fmt: skip
+        if step.as_ and card["kind"] != "measure":
             known.add(step.as_)
+
+
+def _check_needs(card: Mapping[str, Any], step: Step, where: str) -> None:
+    """What the method asks for is there, or will be measured."""
+    for need in set(card["needs"]) - set(card["optional"]) - {"rng"}:
+        if need in STATISTICS:
+            given, key, hint = step.calibrate or need in step.needs, "calibrate", "calibrate: {text: documentation}"
+        elif need == "batch":
+            given, key, hint = step.data, "data", "data: {text: documentation}"
+        elif need == "evaluate":
+            given, key, hint = step.evaluate, "evaluate", "evaluate: {text: documentation}"
+        else:
+            given, key, hint = step.base, "base", "base: MODEL"
+        if not given:
+            raise RecipeError(f"`{card['id']}` needs `{key}`: {NEEDS[need]}", where=where, hint=hint)
 
 
 def _check_values(method: str, step: Step, tree: Any, at: tuple[Any, ...], name: str) -> None:
@@ -259,5 +311,5 @@ def _leaves(value: Any) -> list[Any]:
 
 
 def value(text: str) -> Any:
-    """One hyperparameter's value as YAML writes it: a number, `true`, a word, a list over depth, a `{glob: value}` map."""
+    """A hyperparameter's value as YAML writes it: a number, `true`, a word, a list over depth, a map from globs."""
     return _plain(_tree(text, "value"))

@@ -16,14 +16,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from weightsmith import __version__
-from weightsmith.core.errors import InputError, RunError, WeightsmithError
+from weightsmith.core.errors import InputError, RunError
 from weightsmith.core.formats import safetensors
 from weightsmith.core.plan import Plan, Task, human, plan, single_file, staging, with_dtype
 from weightsmith.core.weights import Weights
@@ -36,7 +36,10 @@ QUEUE = 4
 """Tiles that may wait for the disk, per worker."""
 
 PUBLISHING = "publishing"
-"""A file that says the staged model may already have changed places with an older one."""
+"""A note on what is about to be published: the plan, and the inode of the staged output."""
+
+STAGED = ("journal.jsonl", "journal.new", "model", "old")
+"""What a staging folder holds, in the order it goes: without a journal the rest cannot be mistaken for work done."""
 
 
 class Interrupted(RunError):
@@ -81,39 +84,50 @@ def save(
         RunError: the disk is full, permission is denied, another run writes here, or the run was interrupted.
     """
     out = Path(path).expanduser().absolute()
-    if (out.exists() or out.is_symlink()) and not overwrite:
-        raise InputError(
-            "there is something here already", where=path, hint="give another output, or add `--overwrite`"
-        )
+    if not overwrite and _published(out) is None:
+        _check_free(out, path)
     single = out.suffix == ".safetensors"
     decided = plan(weights, shards=shards, jobs=jobs, digest=digest)
     tasks = single_file(decided.tasks, out.name) if single else decided.tasks
+    before = _identities(weights)
     with _readable_errors(out), _claimed(out) as stage:
+        if (done := _published(out)) == decided.digest:
+            return Path(path)
+        if done:
+            _remove(*(stage / name for name in STAGED))
+        _remove(stage / PUBLISHING)
+        if not overwrite:
+            _check_free(out, path)
         journal = Journal(stage / "journal.jsonl", decided.digest, resume)
         model = stage / "model"
         model.mkdir(exist_ok=True)
         receipts = {r["file"]: r for r in journal.receipts if _size(model / r["file"]) == r["size"]}
-        for stale in model.iterdir():
-            if stale.name not in receipts:
-                stale.unlink()
+        if digest:
+            receipts = {file: receipt for file, receipt in receipts.items() if receipt["sha256"]}
+        _remove(*(stale for stale in model.iterdir() if stale.name not in receipts))
         todo = [task for task in tasks if task.file not in receipts]
         _check_room(stage, sum(task.nbytes for task in todo))
         if progress:
             for receipt in receipts.values():
                 progress(receipt["size"], receipt["file"])
-        stop = threading.Event()
+        stop, elsewhere = threading.Event(), isinstance(engine, Executor)
         work = partial(write_shard, folder=str(model))
-        if not isinstance(engine, Executor):
+        if not elsewhere:
             work = partial(work, stop=stop, progress=progress)
-        identify = safetensors.content_hash if digest else safetensors.fingerprint
+        hashed = partial(safetensors.content_hash, progress=lambda _: _go_on(stop, out))
         with _threads(jobs, len(todo), engine) as workers, ThreadPoolExecutor(1) as beside:
-            lineage = beside.submit(weights.lineage, identify)
-            for receipt in run_tasks(engine, work, todo, workers, cancel=stop.set):
-                journal.add(receipt)
-                receipts[receipt["file"]] = receipt
+            lineage = beside.submit(weights.lineage, hashed if digest else safetensors.fingerprint)
+            with closing(run_tasks(engine, work, todo, workers, cancel=stop.set)) as arriving:
+                for receipt in arriving:
+                    journal.add(receipt)
+                    receipts[receipt["file"]] = receipt
+                    if progress and elsewhere:
+                        progress(receipt["size"], receipt["file"])
         ordered = [receipts[task.file] for task in tasks]
         _describe(model, weights, decided, ordered, {"lineage": lineage.result(), **(about or {})}, single=single)
-        _publish(model / out.name if single else model, out)
+        if _identities(weights) != before:
+            raise InputError("an input changed while it was read", where=out, hint="start afresh with `--no-resume`")
+        _publish(model / out.name if single else model, out, decided.digest, overwrite)
     return Path(path)
 
 
@@ -128,26 +142,27 @@ def run_tasks(
 
     Args:
         engine: `serial` is a loop; everything else is a `concurrent.futures.Executor`.
-        cancel: called when the run fails, so that workers stop at their next tile.
+        cancel: called when the run fails, so that workers stop at their next tile. No worker is left running.
     """
-    if engine == "serial":
-        yield from map(work, tasks)
-    elif engine == "threads":
+    if engine == "threads":
         with ThreadPoolExecutor(workers, thread_name_prefix="weightsmith") as pool:
             yield from run_tasks(pool, work, tasks, cancel=cancel)
-    elif isinstance(engine, Executor):
-        futures = [engine.submit(work, task) for task in tasks]
-        try:
-            yield from (future.result() for future in as_completed(futures))
-        except BaseException:
-            cancel()
-            for future in futures:
-                future.cancel()
-            raise
-    else:
+        return
+    if engine != "serial" and not isinstance(engine, Executor):
         raise InputError(
             f"engine = {engine!r}: not an engine", hint="`serial`, `threads`, or a concurrent.futures.Executor"
         )
+    futures: list[Future[Receipt]] = []
+    try:
+        if isinstance(engine, Executor):
+            futures += (engine.submit(work, task) for task in tasks)
+            yield from (future.result() for future in as_completed(futures))
+        else:
+            yield from map(work, tasks)
+    except BaseException:
+        cancel()
+        wait([future for future in futures if not future.cancel()])
+        raise
 
 
 def write_shard(
@@ -175,15 +190,13 @@ def write_shard(
             sha.update(data)
 
     try:
-        if total:
-            os.posix_fallocate(handle, 0, total)
+        _allocate(handle, total)
         with ThreadPoolExecutor(1, thread_name_prefix="weightsmith-writer") as writer:
             pending.append(writer.submit(put, head, 0))
             for spec in task.specs:
                 begin, end = offsets[spec.name]
                 for data in _bytes(task.weights, spec):
-                    if stop is not None and stop.is_set():
-                        raise Interrupted("stopped", where=task.file)
+                    _go_on(stop, task.file)
                     if len(pending) >= QUEUE:
                         pending.popleft().result()
                     pending.append(writer.submit(put, data, begin))
@@ -196,6 +209,9 @@ def write_shard(
             for future in pending:
                 future.result()
         os.fsync(handle)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     finally:
         os.close(handle)
     part.rename(final)
@@ -210,6 +226,17 @@ def write_shard(
     }
 
 
+def _allocate(handle: int, total: int) -> None:
+    """Take the room on the disk at once, where the system can."""
+    if total and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, total)
+
+
+def _go_on(stop: threading.Event | None, where: object) -> None:
+    if stop is not None and stop.is_set():
+        raise Interrupted("stopped", where=where)
+
+
 def _bytes(weights: Weights, spec: Any) -> Iterator[Any]:
     """A tensor's bytes, tile by tile, as arrays of uint8 on the CPU."""
     import torch
@@ -222,7 +249,7 @@ def _bytes(weights: Weights, spec: Any) -> Iterator[Any]:
 
 
 class Journal:
-    """Receipts of a run, one JSON line each, synced before the next one starts; a torn last line does not count.
+    """Receipts of a run, one JSON line each, each synced; a torn last line does not count.
 
     Args:
         path: the file.
@@ -230,7 +257,7 @@ class Journal:
         resume: keep the receipts of an earlier run.
 
     Raises:
-        RunError: the file belongs to another plan.
+        RunError: the file holds receipts of another plan.
     """
 
     def __init__(self, path: Path, plan: str, resume: bool = True):
@@ -238,28 +265,27 @@ class Journal:
         self.receipts: list[Receipt] = []
         lines = path.read_bytes().split(b"\n")[:-1] if resume and path.exists() else []
         records = [record for record in map(_parse, lines) if record is not None]
+        head = {"plan": plan, "version": 1}
         if records and "plan" in records[0]:
-            if records[0]["plan"] != plan or records[0].get("version") != 1:
+            self.receipts = [r for r in records[1:] if r.keys() >= {"file", "size", "sha256", "tensors"}]
+            if self.receipts and records[0] != head:
                 raise RunError(
                     "an interrupted run of another recipe, or of inputs that have changed since, is here",
                     where=path.parent,
                     hint=f"start afresh with `--no-resume`, or look first: ls {path.parent}",
                 )
-            self.receipts = [r for r in records[1:] if {"file", "size"} <= r.keys()]
-        path.unlink(missing_ok=True)
-        for record in ({"plan": plan, "version": 1}, *self.receipts):
-            self._append(record)
+        new = path.with_suffix(".new")
+        _write(new, b"".join(map(_line, (head, *self.receipts))))
+        os.replace(new, path)
 
     def add(self, receipt: Receipt) -> None:
         """Keep a receipt for good."""
         self.receipts.append(receipt)
-        self._append(receipt)
+        _write(self.path, _line(receipt), "ab")
 
-    def _append(self, record: dict[str, Any]) -> None:
-        with self.path.open("ab") as file:
-            file.write(json.dumps(record).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record).encode() + b"\n"
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -272,9 +298,11 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 @contextmanager
 def _claimed(out: Path) -> Iterator[Path]:
-    """The staging folder, held against other runs; removed once the output is published, kept when the run fails."""
+    """The staging folder, held against other runs; kept when the run fails, if a shard of it is whole."""
     stage = staging(out)
-    if stage.exists() and any(stage.iterdir()) and not (stage / "lock").exists():
+    found = {entry.name for entry in stage.iterdir()} if stage.exists() else set()
+    ours = ("owner.json", "lock", PUBLISHING)
+    if found and (found.isdisjoint(ours) or found.difference(STAGED, ours)):
         raise InputError(
             "this is not a staging folder of ours", where=stage, hint=f"move it away: mv {stage} {stage}.old"
         )
@@ -283,52 +311,72 @@ def _claimed(out: Path) -> Iterator[Path]:
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = _alive(owner)
+            swept = not (stage / "lock").exists() or not os.path.samestat(os.fstat(lock), os.stat(stage / "lock"))
+            held = {} if swept else _alive(owner)
         except BlockingIOError:
-            held = _owner(owner) or {}
+            held = _read(owner) or {}
         if held is not None:
             raise RunError(
                 f"another run is writing this output (process {held.get('pid', '?')} on {held.get('host', '?')})",
                 where=out,
-                hint="wait for it, or give another output",
+                hint=f"wait for it, or give another output; if it is surely gone: rm {owner}",
             )
-        if (stage / PUBLISHING).exists():
-            shutil.rmtree(stage / "model", ignore_errors=True)
-            (stage / "journal.jsonl").unlink(missing_ok=True)
-            (stage / PUBLISHING).unlink()
-        owner.write_text(json.dumps(_me()))
+        if (stage / "old").exists() and not os.path.lexists(out):
+            os.rename(stage / "old", out)
+        _write(owner, json.dumps(_me()))
         try:
             yield stage
-            shutil.rmtree(stage)
+            _remove(*(stage / name for name in STAGED))
+        except BaseException:
+            if not any((stage / "model").glob("*.safetensors")):
+                _remove(*(stage / name for name in STAGED))
+            raise
         finally:
             owner.unlink(missing_ok=True)
+            if not (stage / "model").exists():
+                _remove(stage / "lock", stage / PUBLISHING)
     finally:
         os.close(lock)
+        with suppress(OSError):
+            stage.rmdir()
 
 
 def _me() -> dict[str, Any]:
     boot = Path("/proc/sys/kernel/random/boot_id")
-    return {"pid": os.getpid(), "host": socket.gethostname(), "boot": boot.read_text().strip() if boot.exists() else ""}
+    return {
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "host": socket.gethostname(),
+        "boot": boot.read_text().strip() if boot.exists() else "",
+    }
 
 
-def _owner(path: Path) -> dict[str, Any] | None:
+def _started(pid: int) -> str:
+    """When a process started, so that a number given to another one later is not mistaken for it."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.read_text().rpartition(")")[2].split()[19] if status.exists() else ""
+
+
+def _read(path: Path) -> dict[str, Any] | None:
     return _parse(path.read_bytes()) if path.exists() else None
 
 
 def _alive(owner: Path) -> dict[str, Any] | None:
     """The run that owns a staging folder, unless it is certainly gone: another boot, or no such process."""
-    held, me = _owner(owner), _me()
-    if held is None or held == me or (held.get("host") == me["host"] and held.get("boot") != me["boot"]):
+    held, me = _read(owner), _me()
+    if held is None or held == me:
         return None
     if held.get("host") != me["host"]:
         return held
     try:
-        os.kill(int(held["pid"]), 0)
+        pid = int(held["pid"])
+        os.kill(pid, 0)
     except (ProcessLookupError, ValueError, KeyError):
         return None
     except PermissionError:
         return held
-    return held
+    same = held.get("boot") == me["boot"] and held.get("started") == _started(pid)
+    return held if same else None
 
 
 @contextmanager
@@ -336,7 +384,7 @@ def _threads(jobs: int | None, tasks: int, engine: str | Executor) -> Iterator[i
     """Workers for the tasks, so that workers times intra-op threads never exceed the cores."""
     import torch
 
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = max(1, min(jobs or cores, tasks)) if engine == "threads" else 1
     _keep_buffers()
     before = torch.get_num_threads()
@@ -356,6 +404,16 @@ def _keep_buffers() -> None:
         libc.mallopt(trim_threshold, 32 << 20)
 
 
+def _check_free(out: Path, shown: str | Path) -> None:
+    if os.path.lexists(out):
+        hint = "give another output, or add `--overwrite`"
+        raise InputError("there is something here already", where=shown, hint=hint)
+
+
+def _identities(weights: Weights) -> list[dict[str, int | str]]:
+    return [safetensors.fingerprint(file) for source in weights.sources() for file in source.origin.files]
+
+
 def _check_room(stage: Path, needed: int) -> None:
     free = shutil.disk_usage(stage).free
     if needed > free:
@@ -371,9 +429,11 @@ def _readable_errors(out: Path) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted("interrupted; nothing is lost", where=out, hint=again) from None
+    except BrokenExecutor as error:
+        raise RunError(f"a worker died: {error}", where=out, hint=f"fewer workers need less memory; {again}") from error
+    except MemoryError as error:
+        raise RunError("out of memory", where=out, hint=f"work on fewer shards at a time: `--jobs 1`; {again}") from error
     except OSError as error:
-        if isinstance(error, WeightsmithError):
-            raise
         where = error.filename or out
         told = {
             errno.ENOSPC: ("the disk is full", f"free some space; {again}"),
@@ -430,22 +490,32 @@ def _card(manifest: dict[str, Any]) -> str:
     )
 
 
-def _write(path: Path, data: str | bytes) -> None:
-    with path.open("wb") as file:
+def _write(path: Path, data: str | bytes, mode: str = "wb") -> None:
+    with path.open(mode) as file:
         file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _publish(made: Path, out: Path) -> None:
+def _publish(made: Path, out: Path, plan: str, overwrite: bool) -> None:
     """Move the finished output to its place in one step; what was there is swapped out, never changed."""
-    sync_folder(made if made.is_dir() else made.parent)
-    (staging(out) / PUBLISHING).touch()
-    if out.exists() and not (made.is_file() and out.is_file()):
+    stage = staging(out)
+    _write(stage / PUBLISHING, json.dumps({"plan": plan, "inode": made.stat().st_ino}))
+    for folder in (*filter(Path.is_dir, (stage / "model").iterdir()), stage / "model", stage):
+        sync_folder(folder)
+    if not overwrite:
+        _check_free(out, out)
+    if os.path.lexists(out) and (made.is_dir() or out.is_dir()):
         _exchange(made, out)
     else:
         os.replace(made, out)
     sync_folder(out.parent)
+
+
+def _published(out: Path) -> str | None:
+    """The plan of a run that put its output in place and was killed before it could tidy up."""
+    note = _read(staging(out) / PUBLISHING)
+    return note.get("plan") if note and os.path.lexists(out) and os.lstat(out).st_ino == note.get("inode") else None
 
 
 def _exchange(a: Path, b: Path) -> None:
@@ -455,7 +525,19 @@ def _exchange(a: Path, b: Path) -> None:
     if renameat2 is None or renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange):
         aside = staging(b) / "old"
         os.rename(b, aside)
-        os.rename(a, b)
+        try:
+            os.rename(a, b)
+        except OSError:
+            os.rename(aside, b)
+            raise
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def sync_folder(path: str | Path) -> None:

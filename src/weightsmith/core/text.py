@@ -30,8 +30,21 @@ def read_text(source: str | Path, split: str = HELD_OUT) -> str:
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 at byte {error.start}", where=source, hint="give a plain text file") from None
     except OSError as error:
-        hint = f"give a text file, or one of {', '.join(f'`{d}`' for d in DOMAINS)}"
-        raise InputError(str(error.strerror), where=source, hint=hint) from None
+        raise _not_there(source, error) from None
+
+
+def check_text(source: str | Path) -> None:
+    """Raise InputError, as `read_text` would, when there is no such text."""
+    if str(source) not in DOMAINS:
+        try:
+            open(source, "rb").close()
+        except OSError as error:
+            raise _not_there(source, error) from None
+
+
+def _not_there(source: str | Path, error: OSError) -> InputError:
+    hint = f"give a text file, or one of {', '.join(f'`{d}`' for d in DOMAINS)}"
+    return InputError(str(error.strerror), where=source, hint=hint)
 
 
 def tokenize(weights: Weights, text: str) -> "Tensor":
@@ -51,7 +64,22 @@ def tokenize(weights: Weights, text: str) -> "Tensor":
     except ImportError:
         raise InputError("tokenizing needs the package `tokenizers`", hint='pip install "weightsmith[hf]"') from None
     raw = asset if isinstance(asset, bytes) else Path(asset).read_bytes()
-    return torch.tensor(Tokenizer.from_str(raw.decode()).encode(text, add_special_tokens=False).ids)
+    try:
+        tokenizer = Tokenizer.from_str(raw.decode())
+    except Exception as error:  # the library raises no narrower one
+        raise InputError(f"tokenizer.json cannot be read: {error}", where=weights.origin.path,
+                         hint="take the one the model came with") from None  # fmt: skip
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids, dtype=torch.long)
+    known = weights.origin.config.get("vocab_size")
+    if isinstance(known, int) and len(ids) and int(ids.max()) >= known:
+        raise InputError(
+            f"tokenizer.json gives token {int(ids.max())}, the model knows {known} tokens",
+            where=weights.origin.path,
+            hint="take the one the model came with",
+        )
+    return ids
 
 
 def chunks(
@@ -71,10 +99,12 @@ def chunks(
         spread: take the chunks evenly from the whole text instead of from its start.
 
     Raises:
-        InputError: the text is shorter than one chunk.
+        InputError: the text is shorter than one chunk, or a chunk is no text at all.
     """
     import torch
 
+    if samples < 1 or length < 2:
+        raise InputError(f"{samples} chunks of {length} tokens", hint="at least 1 chunk of 2 tokens")
     ids = tokenize(weights, read_text(source, split))
     there = len(ids) // length
     if not there:

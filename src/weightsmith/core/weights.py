@@ -4,6 +4,7 @@ A checkpoint, a task vector, an adapter, a mask, a gradient, a Fisher diagonal a
 Weights. Nothing here imports torch before a tensor is read, so looking at a checkpoint costs only its header.
 """
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightsmith.core.errors import InputError, MismatchError, first_few, nearest
+from weightsmith.core.errors import InputError, MismatchError, NonFiniteError, first_few, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +128,7 @@ class Weights(ABC):
         """The Weights this one is computed from; none for a source."""
         return ()
 
-    def lineage(self, identify: Callable[[str], str]) -> dict[str, Any]:
+    def lineage(self, identify: Callable[[str], Any]) -> dict[str, Any]:
         """How these Weights came to be, as plain data; `identify` turns a file's path into its identity."""
         if not self.inputs():
             return {"path": self.origin.path, "files": {Path(f).name: identify(f) for f in self.origin.files}}
@@ -253,15 +254,13 @@ class Memory(Weights):
     def read(self, name: str) -> "Tensor":
         return self._tensors[name]
 
-    def lineage(self, identify: Callable[[str], str]) -> dict[str, Any]:
-        import hashlib
-
+    def lineage(self, identify: Callable[[str], Any]) -> dict[str, Any]:
         import torch
 
         digest = hashlib.blake2b(digest_size=16)
         for name, tensor in self._tensors.items():
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
         return {"path": self.origin.path, "blake2b": digest.hexdigest()}
 
 
@@ -289,7 +288,7 @@ class View(Weights):
     def inputs(self) -> tuple[Weights, ...]:
         return (self.source,)
 
-    def lineage(self, identify: Callable[[str], str]) -> dict[str, Any]:
+    def lineage(self, identify: Callable[[str], Any]) -> dict[str, Any]:
         moved = {new: old for new, old in self.routes.items() if new != old}
         kept = {"tensors": len(self)} if len(self) != len(self.source) else {}
         return {**super().lineage(identify), **kept, **({"renamed": moved} if moved else {})}
@@ -309,13 +308,23 @@ class Cast(View):
         return replace(spec, dtype=self.dtype) if spec.dtype in COMPUTABLE else spec
 
     def read(self, name: str) -> "Tensor":
-        return self.source.read(name).to(self.spec(name).torch_dtype)
+        return self._fitting(self.source.read(name), name)
 
     def tiles(self, name: str) -> Iterator["Tensor"]:
-        dtype = self.spec(name).torch_dtype
-        return (tile.to(dtype) for tile in self.source.tiles(name))
+        return (self._fitting(tile, name) for tile in self.source.tiles(name))
 
-    def lineage(self, identify: Callable[[str], str]) -> dict[str, Any]:
+    def _fitting(self, tensor: "Tensor", name: str) -> "Tensor":
+        cast = tensor.to(self.spec(name).torch_dtype)
+        lost = int((cast.isinf() & tensor.isfinite()).sum()) if cast.dtype != tensor.dtype else 0
+        if lost:
+            raise NonFiniteError(
+                f"{lost} values of `{name}` are too large for {self.dtype}",
+                where=self.origin.path,
+                hint="choose bfloat16 or float32",
+            )
+        return cast
+
+    def lineage(self, identify: Callable[[str], Any]) -> dict[str, Any]:
         return {"dtype": self.dtype, "from": [self.source.lineage(identify)]}
 
 
@@ -340,6 +349,20 @@ class Mapped(Weights):
 
     def inputs(self) -> tuple[Weights, ...]:
         return self._sources
+
+    def lineage(self, identify: Callable[[str], Any]) -> dict[str, Any]:
+        return {**super().lineage(identify), "function": _identity(self.f)}
+
+
+def _identity(f: Callable[..., Any]) -> str:
+    """What tells one function from another: its name, code and what it closes over."""
+    code = getattr(f, "__code__", None)
+    if code is None:
+        return repr(f)
+    inner = [getattr(c, "co_code", c) for c in code.co_consts]
+    around = [cell.cell_contents for cell in f.__closure__ or ()]
+    told = repr((code.co_code, code.co_names, inner, f.__defaults__, f.__kwdefaults__, around))
+    return f"{f.__qualname__} {hashlib.blake2b(told.encode(), digest_size=8).hexdigest()}"
 
 
 def _difference(a: "Tensor", b: "Tensor") -> "Tensor":

@@ -282,11 +282,11 @@ def main(
         0, or 1 when a claim could not be run; a claim that does not hold is a result, not a failure.
     """
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     progress, failed = Console(stderr=True, quiet=quiet), 0
     chosen, known = claims(pattern), committed()
-    table = Table("claim", "verdict", "models", "seen (mean ± spread)", "CPU s")
+    table = Table(Column("claim", overflow="fold"), "verdict", "models", Column("seen", overflow="fold"), "CPU s")
     for i, entry in enumerate(chosen, 1):
         record = known.get(entry.id, {})
         if not only_list:

@@ -42,7 +42,7 @@ RECIPE: dict[str, Any] = {
         "3-bit GPTQ": {"method": "quantize.gptq", "bits": 3, "group_size": 64},
     },
     "calibrate": {"chunks": 8, "length": 512},
-    "evaluate": {"chunks": 8, "length": 512},
+    "evaluate": {"chunks": 6, "length": 512},
 }
 PICTURED = ("model.layers.1.mlp.down_proj.weight", "model.layers.15.self_attn.q_proj.weight")
 GRID_NOTE = (

@@ -35,7 +35,7 @@ def ties(
         tensor([3.0000, 1.5000])
     """
     deltas = [w - base for w in ws]
-    kept = max(1, round(density * base.numel()))
+    kept = max(1, int(density * base.numel()))
     thresholds = [float(d.abs().reshape(-1).kthvalue(d.numel() - kept + 1).values) for d in deltas]
     return base + scale * elect([trim(d, t) for d, t in zip(deltas, thresholds, strict=True)])
 
@@ -66,7 +66,7 @@ def decide(
     counts: np.ndarray, numel: int, state: "list[tuple[int, int]] | None", *, density: float, **_: object
 ) -> list:
     """The bin that holds each model's threshold and how many to keep from it; at last the thresholds themselves."""
-    kept = [max(1, round(density * numel))] * len(counts) if state is None else [k for _, k in state]
+    kept = [max(1, int(density * numel))] * len(counts) if state is None else [k for _, k in state]
     found = []
     for row, keep in zip(counts, kept, strict=True):
         above = row[::-1].cumsum()

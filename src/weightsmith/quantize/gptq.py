@@ -63,7 +63,7 @@ class gptq:
     def encode(self, w: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> dict[str, Tensor]:
         """Codes, scales and zero points."""
         w, gram = w.detach().float(), damped(gram.detach().float(), self.damp)
-        order = gram.diagonal().argsort(descending=True, stable=True) if self.act_order else torch.arange(len(gram))
+        order = (gram.diagonal() * self.act_order).argsort(descending=True, stable=True)
         ratios = [1 - self.shrink * i / TRIED for i in range(TRIED + 1)] if self.shrink else [1.0]
         scale, zero = _grid.search(w, gram.diagonal(), self.bits, self.group_size, ratios, self.symmetric)
         size = self.group_size or w.shape[1]
@@ -72,7 +72,7 @@ class gptq:
         codes = torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous()
         if self.refit:
             centred = codes - _grid.rows(zero.unsqueeze(2).expand(-1, -1, size), w.shape[1])
-            scale = refitted(w, gram, centred, scale.float(), size).half()
+            scale = refitted(w, gram, centred, scale.float(), size).clamp_(_grid.SMALLEST, _grid.LARGEST).half()
         theta = {"codes": codes, "scale": scale}
         return theta if self.symmetric else {**theta, "zero": zero.to(torch.uint8)}
 
@@ -150,11 +150,10 @@ def refitted(w: Tensor, gram: Tensor, codes: Tensor, scale: Tensor, size: int) -
         return pad(x, (0, -x.shape[1] % size)).unflatten(1, (-1, size)).sum(2)
 
     count = scale.shape[1]
-    system = torch.stack(
-        [by_group(c @ g * codes) for c, g in zip(codes.split(size, 1), gram.split(size), strict=True)], 1
-    )
+    parts = zip(codes.split(size, 1), gram.split(size), strict=True)
+    system = torch.stack([by_group(part @ g * codes) for part, g in parts], 1)
     error = w - codes * scale.repeat_interleave(size, 1)[:, : w.shape[1]]
     diagonal = system.diagonal(dim1=1, dim2=2)
-    ridge = torch.eye(count) * (diagonal.mean(1) * 1e-4 + 1e-12)[:, None, None]
+    ridge = torch.eye(count, device=w.device) * (diagonal.mean(1) * 1e-4 + 1e-12)[:, None, None]
     new = scale + torch.linalg.solve(system + ridge, by_group(error @ gram * codes).unsqueeze(2)).squeeze(2)
     return torch.where((new > scale / 2) & (new < scale * 2), new, scale)
