@@ -34,18 +34,19 @@ def merging() -> list[str]:
 def others() -> list[str]:
     lines = []
     if lora := result("bench_lora"):
-        lines.append(f"| {lora['summary'][0]} | {lora['summary'][1]} | {lora['summary'][2]} |")
+        median, memory = lora["cpu_seconds_per_step"]["median"], lora["peak_mib"]
+        ours = f"{median['weightsmith']:.1f} CPU s, {memory['weightsmith']:,} MiB"
+        peer = f"PEFT {median['peft']:.1f} CPU s, {memory['peft']:,} MiB"
+        lines.append(f"| a LoRA training step of SmolLM2-135M | {ours} | {peer} |")
     if gptq := result("bench_gptq"):
         lines.append(f"| {gptq['summary'][0]} | {gptq['summary'][1]} | {gptq['summary'][2]} |")
     if spectra := result("bench_spectra"):
         ours, peer = spectra["weightsmith"]["cpu"], spectra["weightwatcher"]["cpu"]
-        lines.append(
-            f"| spectra of all 211 matrices of SmolLM2-135M | {ours:.1f} CPU s | weightwatcher {peer:.1f} CPU s, same exponents |"
-        )
+        beside = f"weightwatcher {peer:.1f} CPU s, same exponents"
+        lines.append(f"| spectra of all 211 matrices of SmolLM2-135M | {ours:.1f} CPU s | {beside} |")
     if startup := result("bench_startup"):
-        lines.append(
-            f"| `inspect` a checkpoint of 1,000 tensors | {startup['inspect, 1,000 tensors']['cpu']:.2f} CPU s, the whole process | |"
-        )
+        cpu = startup["inspect, 1,000 tensors"]["cpu"]
+        lines.append(f"| `inspect` a checkpoint of 1,000 tensors | {cpu:.2f} CPU s, the whole process | |")
     if demo := result("demo"):
         lines.append(
             f"| `make demo` | {demo['wall_minutes']:.1f} min on two cores, {demo['peak_gib']:.1f} GiB at the peak | |"

@@ -15,7 +15,7 @@ import traceback
 
 import pytest
 
-KILLS = 54
+KILLS = 52
 SHARDS = 9
 CALLS = ("open", "pwrite", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 
@@ -149,7 +149,7 @@ def check_readable(path):
 
 def test_killed_at_random_moments_nothing_is_half_done(child, inputs, tmp_path):
     draw = random.Random(0)
-    order = {"inputs": [str(inputs / "a"), str(inputs / "b")], "shards": 40_000, "slow": 0.004}
+    order = {"inputs": [str(inputs / "a"), str(inputs / "b")], "shards": 40_000, "slow": 0.003}
     started = time.perf_counter()
     child(**order, out=str(tmp_path / "unbroken"), overwrite=False)
     unbroken = time.perf_counter() - started
@@ -209,7 +209,7 @@ def test_killed_at_the_system_calls_of_a_save(child, inputs, tmp_path, kind, opt
         return out
 
     calls = child(**order, out=str(fresh("counted")), call=10**9)["count"]
-    early = [] if options else range(1, calls - 24, 5)
+    early = [] if options else range(1, calls - 24, 9)
     seen = set()
     for call in [*early, *range(calls - 24, calls + 1)]:
         out = fresh(f"out{call}")

@@ -73,7 +73,7 @@ def test_ties_is_mergekits(mergekit, density):
 
 
 def test_dare_has_mergekits_statistics(mergekit):
-    """Both keep the share asked for and the expected change; mergekit rescales to the L1 norm, the paper by 1/density."""
+    """Both keep the share asked for and the expected change: mergekit by the L1 norm, the paper by 1/density."""
     base, ws = tensors(1, shape=(400, 500))
     torch.manual_seed(0)
     theirs = mergekit("dare_linear", ws, base, weight=[1.0], density=[0.3]) - base

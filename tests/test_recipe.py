@@ -294,7 +294,7 @@ def test_a_run_goes_on_after_the_calibrated_steps_it_has_done(here, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         Pipeline(parse(TWO)).run()
     assert done == ["prune.wanda"]
-    assert not Path("out").exists()
+    assert sorted(p.name for p in here.iterdir()) == ["base", "code", "math", "out.steps", "text.txt"]
     broken = False
     Pipeline(parse(TWO)).run()
     assert done == ["prune.wanda", "quantize.gptq"]
@@ -365,6 +365,13 @@ def test_a_text_or_model_that_is_missing_is_told_before_anything_is_done(here):
         Pipeline(parse(TWO.replace("text.txt", "nope.txt")))
     with pytest.raises(InputError, match="bse: there is nothing"):
         Pipeline(parse(TWO.replace("./base", "./bse")))
+
+
+def test_a_run_that_fails_leaves_nothing_behind(here):
+    text = "models: {m: ./base}\nsteps:\n  - {use: prune.magnitude, where: nothing}\nwrite: {to: ./out}\n"
+    with pytest.raises(MismatchError, match="no tensor to work on"):
+        Pipeline(parse(text)).run()
+    assert sorted(p.name for p in here.iterdir()) == ["base", "code", "math", "text.txt"]
 
 
 def test_branches_go_by_name(here):

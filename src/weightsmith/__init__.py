@@ -8,7 +8,9 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Memory": "core.weights", "Spec": "core.weights", "Weights": "core.weights", "open": "core.weights",
     "apply": "core.apply", "save": "core.run", "run": "core.pipeline", "plan": "core.plan",
-    "attach": "core.parametrization", "bake": "core.parametrization",
+    "attach": "core.parametrization", "bake": "core.parametrization", "theta": "core.parametrization",
+    "load_theta": "core.parametrization", "trainable": "core.parametrization",
+    "bake_into": "core.adapter", "save_adapter": "core.formats.peft",
     "op": "core.method", "get": "core.method", "methods": "core.method",
     "WeightsmithError": "core.errors",
 }  # fmt: skip

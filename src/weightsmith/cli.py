@@ -27,6 +27,7 @@ app = App(
     version=__version__,
     help_format="plaintext",
     result_action="return_value",
+    suppress_keyboard_interrupt=False,
 )
 for _name, _help in {
     "merge": "Merge checkpoints into one.",
@@ -177,17 +178,17 @@ def inspect_(checkpoint: str, *, allow_pickle: bool = False, format: Format = "h
             {"name": s.name, "role": s.role, "layer": s.layer, "shape": list(s.shape), "dtype": s.dtype} for s in specs
         ],
     }  # fmt: skip
+    made = _made_from(weights.origin.path)
     if format == "json":
-        print(json.dumps(data, indent=2))
+        print(json.dumps({**data, "made_from": made}, indent=2))
         return
     rows = [(s.name, s.role, "x".join(map(str, s.shape)) or "scalar", s.dtype) for s in specs]
     _table(("tensor", "role", "shape", "dtype"), rows, format, None)
     print(f"{weights.origin.format}: {len(specs):,} tensors, {chosen.numel:,} elements, {human(chosen.nbytes)}")
     for alias, name in weights.origin.ties.items():
-        print(f"`{alias}` is tied to `{name}`")
-    made = Path(weights.origin.path or "", "weightsmith.json")
-    if made.is_file():
-        print(f"made by weightsmith from: {_lineage(json.loads(made.read_text())['lineage'])}")
+        print(_clean(f"`{alias}` is tied to `{name}`"))
+    if made:
+        print(_clean(f"made by weightsmith from: {made}"))
 
 
 @app.command
@@ -208,7 +209,7 @@ def diff(a: str, b: str, *, format: Format = "human", allow_mismatch: bool = Fal
         (r["role"], str(len(r["layers"])), f"{r['relative_change']:.2e}", f"{r['cosine']:.6f}", f"{r['changed']:.1%}")
         for r in table
     ]
-    _table(("role", "layers", "relative change", "cosine", "elements changed"), rows, format, table)
+    _table(("role", "layers", "relative change", "cosine", "elements changed"), rows, format, table, named=True)
 
 
 @app.command
@@ -260,7 +261,7 @@ def run(
         print(json.dumps(result, indent=2, default=str))
     else:
         for key, value in result.items():
-            print(f"{key}: {value}")
+            print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
 
 
 @app.command
@@ -521,11 +522,11 @@ def _show_plan(planned: Any, format: str, ending: str | None, file: Any = None) 
         print(json.dumps(planned.data(), indent=2), file=out)
         return
     for path, count in planned.reads.items():
-        print(f"  reads    {path}  {human(count)}", file=out)
+        print(f"  reads    {_clean(path)}  {human(count)}", file=out)
     for number, step in enumerate(planned.steps, 1):
         settings = "  ".join(f"{k}={_shown(v)}" for k, v in step.items() if k not in ("method", "tensors", "of"))
         count = f"{step['tensors']} of {step['of']}" if "of" in step else ""
-        print(f"  step {number}   {step['method']}  {count}  {settings}".rstrip(), file=out)
+        print(_clean(f"  step {number}   {step['method']}  {count}  {settings}".rstrip()), file=out)
     if planned.tensors:
         shards = f"{len(planned.tasks)} shard" + ("s" if len(planned.tasks) != 1 else "")
         print(f"  writes   {planned.tensors} tensors  {human(planned.nbytes)}, {shards}", file=out)
@@ -546,15 +547,16 @@ def _shown(value: Any) -> str:
 def _readings(rows: list[dict[str, Any]], format: str) -> None:
     keys = [key for key in (rows[0] if rows else {}) if not isinstance(rows[0][key], list | dict)]
     shown = [tuple(f"{row[k]:.4g}" if isinstance(row[k], float) else str(row[k]) for k in keys) for row in rows]
-    _table(tuple(keys), shown, format, rows)
+    _table(tuple(keys), shown, format, rows, named=True)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], format: str, data: Any) -> None:
-    """Rows as a table for people, as tab-separated text for a pipe, or as JSON."""
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], format: str, data: Any, *, named: bool = False) -> None:
+    """Rows as a table for people, as tab-separated text for a pipe (`named`: with the columns' names), or as JSON."""
     if format == "json":
         print(json.dumps(data, indent=2, default=str))
     elif not sys.stdout.isatty():
-        print("\n".join("\t".join(_clean(cell) for cell in row) for row in rows))
+        shown = [head, *rows] if named else rows
+        print("\n".join("\t".join(_clean(cell) for cell in row) for row in shown))
     else:
         from rich.console import Console
         from rich.table import Table
@@ -673,6 +675,16 @@ def _value(name: str, text: Any) -> Any:
         raise InputError(f"`{flag}` = {text!r}: {error.message}", hint=hint) from None
 
 
+def _made_from(folder: str | None) -> str | None:
+    """The lineage that a folder of ours tells; anyone may have written it."""
+    try:
+        return _lineage(json.loads(Path(folder or "", "weightsmith.json").read_bytes())["lineage"])
+    except OSError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "? (its weightsmith.json is damaged)"
+
+
 def _lineage(node: dict[str, Any]) -> str:
     if "from" not in node:
         return str(node.get("path"))
@@ -722,6 +734,5 @@ def _add_methods(words: list[str]) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    head = "error: " if not message.startswith("error") else ""
-    print(f"{head}{message}", file=sys.stderr)
+    print("error: " + "\n".join(_clean(line) for line in message.split("\n")), file=sys.stderr)
     sys.exit(code)

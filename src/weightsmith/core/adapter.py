@@ -58,7 +58,7 @@ def description(adapter: Weights) -> dict[str, Any]:
         sound = all(isinstance(g["method"], str) and dict(g["with"]) == g["with"] for g in found["forms"])
         sound = sound and all(isinstance(name, str) for g in found["forms"] for name in g["weights"])
     except (KeyError, TypeError, ValueError):
-        sound = False
+        found, sound = {}, False
     if not sound:
         raise FormatError("the adapter's description is damaged", where=where)
     return found

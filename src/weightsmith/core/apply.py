@@ -29,7 +29,7 @@ def resolve(value: Any, spec: Spec, *, several: bool = False, whole: bool = Fals
 
     Args:
         value: the value itself; a list of values, interpolated over the depth of the network; or a map from globs
-            over names and roles to such values, an exact name before globs, the first glob that matches, `*` as the default.
+            over names and roles to such values: an exact name counts first, then the first glob that matches.
         several: the value is itself a list of numbers, one a model, and only a list of lists runs over depth.
         whole: the value is a whole number: between two of a list, the nearest.
 
@@ -173,7 +173,7 @@ class Applied(Weights):
 
     def lineage(self, identify: Callable[[str], Any]) -> dict[str, Any]:
         shown = {"with": self.hyper, "where": self.where, "exclude": self.exclude, "seed": self.seed}
-        made = {
+        made: dict[str, Any] = {
             "method": self.id,
             "paper": self.card.paper,
             **{k: v for k, v in shown.items() if v not in ((), {}, "*")},

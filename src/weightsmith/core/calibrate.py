@@ -34,7 +34,7 @@ Precision = Literal["float32", "bfloat16"]
 Change = Callable[[str, Tensor, Mapping[str, Tensor]], Tensor]
 Progress = Callable[[int, int, str], object]
 
-LAYERS = (nn.Linear, nn.Conv2d)
+Layer = nn.Linear | nn.Conv2d
 """The modules whose inputs are measured."""
 
 TOKENS = 1024
@@ -271,7 +271,7 @@ def live(weights: Weights, dtype: torch.dtype = torch.float32) -> nn.Module:
             where=where,
             hint="the config.json beside the weights has to name a class of transformers and its model_type",
         )
-    kind = models[0]
+    kind: Any = models[0]
     for key in ("quantization_config", "dtype", "torch_dtype"):
         config.pop(key, None)
     tensors = {name: weights.read(name) for name in weights}
@@ -344,7 +344,7 @@ def _logits(output: Any) -> Tensor:
 
 
 def _listed(batches: Iterable[Batch]) -> list[Batch]:
-    listed = [batches] if isinstance(batches, Tensor | Mapping) else list(batches)
+    listed: list[Batch] = [batches] if isinstance(batches, Tensor | Mapping) else list(batches)
     if not listed:
         raise InputError("no calibration data", hint="give at least one batch")
     return listed
@@ -355,9 +355,9 @@ def _config(model: nn.Module) -> dict[str, Any]:
     return config.to_dict() if hasattr(config, "to_dict") else {}
 
 
-def _targets(model: nn.Module, where: str = "*") -> dict[str, nn.Module]:
+def _targets(model: nn.Module, where: str = "*") -> dict[str, Layer]:
     """Weight name -> layer, of those that `where` matches."""
-    layers = {f"{name}.weight" if name else "weight": m for name, m in model.named_modules() if isinstance(m, LAYERS)}
+    layers = {f"{name}.weight" if name else "weight": m for name, m in model.named_modules() if isinstance(m, Layer)}
     shapes = {name: (tuple(m.weight.shape), str(m.weight.dtype).removeprefix("torch.")) for name, m in layers.items()}
     specs = arch.describe(shapes, _config(model))
     found = {name: module for name, module in layers.items() if matches(specs[name], where)}
@@ -386,17 +386,17 @@ def _forward(model: nn.Module, batch: Batch, precision: Precision) -> None:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout and the like are off, and language models keep no cache: a block may run twice."""
     training, config = [module for module in model.modules() if module.training], getattr(model, "config", None)
-    caches = getattr(config, "use_cache", None)
+    caches = bool(getattr(config, "use_cache", False))
     model.eval()
     if caches:
-        config.use_cache = False
+        setattr(config, "use_cache", False)  # noqa: B010
     try:
         yield
     finally:
         for module in training:
             module.training = True
         if caches:
-            config.use_cache = caches
+            setattr(config, "use_cache", True)  # noqa: B010
 
 
 @dataclass(frozen=True)
@@ -497,9 +497,11 @@ def _rows(module: nn.Module, x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])
     x = x if x.ndim == 4 else x[None]
     edges = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-    pad = module.padding
-    both = [(0, 0) if pad == "valid" else (e // 2, e - e // 2) if pad == "same" else (pad[i], pad[i])
-            for i, e in enumerate(edges)]  # fmt: skip
+    margin = module.padding
+    if isinstance(margin, str):
+        both = [(edge // 2, edge - edge // 2) if margin == "same" else (0, 0) for edge in edges]
+    else:
+        both = [(p, p) for p in margin]
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     x = nn.functional.pad(x, (*both[1], *both[0]), mode=mode)
     patches = nn.functional.unfold(x, module.kernel_size, module.dilation, 0, module.stride)
@@ -516,7 +518,7 @@ def _outer(rows: Tensor) -> Tensor:
 def _change(
     model: nn.Module,
     batches: list[Batch],
-    targets: Mapping[str, nn.Module],
+    targets: Mapping[str, Layer],
     change: Change,
     needs: Sequence[str],
     precision: Precision,
@@ -531,8 +533,9 @@ def _change(
     def settle(name: str, sums: _Sums) -> None:
         module = targets[name]
         stats = {need: sums.statistic(need) for need in needs}
-        with torch.autocast(module.weight.device.type, enabled=False):
-            module.weight.data = change(name, module.weight.data, stats).to(module.weight.dtype)
+        weight = module.weight
+        with torch.autocast(weight.device.type, enabled=False):
+            weight.data = change(name, weight.data, stats).to(weight.dtype)
         changed.add(name)
         if progress:
             progress(len(changed), len(targets), name)
@@ -563,10 +566,10 @@ def _change(
         )
 
 
-def _units(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, dict[str, nn.Module]]:
+def _units(model: nn.Module, targets: Mapping[str, Layer]) -> dict[str, dict[str, Layer]]:
     """The blocks of the model's stacks with the targets inside; a target outside them is a unit of its own."""
     blocks = set(arch.blocks(targets))
-    units: dict[str, dict[str, nn.Module]] = {}
+    units: dict[str, dict[str, Layer]] = {}
     for name, module in targets.items():
         parts = name.split(".")
         inside = (prefix for i in range(1, len(parts)) if (prefix := ".".join(parts[:i])) in blocks)
@@ -643,7 +646,7 @@ class _Lockstep:
 
     @contextmanager
     def stop_at(
-        self, unit: nn.Module, members: Mapping[str, nn.Module], inputs: _Inputs, settle: Callable[[str, _Sums], None]
+        self, unit: nn.Module, members: Mapping[str, Layer], inputs: _Inputs, settle: Callable[[str, _Sums], None]
     ) -> Iterator[None]:
         """Have every batch measure a unit, one of them change its members, and then all of them use it."""
         forward, seen, settled = unit.forward, set[int](), threading.Event()

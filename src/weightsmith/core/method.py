@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from functools import cache, cached_property
 from importlib import import_module, resources
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from weightsmith.core.errors import MethodError, nearest
 
@@ -47,7 +47,8 @@ NEEDS = {
 }
 """What else a method may ask for, by parameter name."""
 
-STATISTICS = ("act_norm", "gram", "grad", "fisher")
+Statistic = Literal["act_norm", "gram", "grad", "fisher"]
+STATISTICS: tuple[str, ...] = typing.get_args(Statistic)
 """The needs that are themselves Weights, measured on calibration data or read from a file."""
 
 
@@ -76,7 +77,7 @@ class Card:
     """
 
     kind: str
-    function: Callable[..., Any]
+    function: Any
     paper: str
     laws: "tuple[Law, ...]" = ()
     roles: str = "*"

@@ -130,7 +130,8 @@ def allowed(kind: Mapping[str, Any]) -> str:
     if "enum" in kind or "const" in kind:
         return ", ".join(code(value) for value in kind.get("enum", [kind.get("const")]))
     bounds = ", ".join(f"{sign} {kind[key]:g}" for key, sign in _SIGNS.items() if key in kind)
-    return f"{_TYPES.get(kind.get('type'), kind.get('type', 'any'))} {bounds}".strip()
+    name = kind.get("type", "any")
+    return f"{_TYPES.get(name, name)} {bounds}".strip()
 
 
 _SIGNS = {"minimum": "≥", "exclusiveMinimum": "&gt;", "maximum": "≤", "exclusiveMaximum": "&lt;"}

@@ -6,7 +6,7 @@ linear layer takes the method's fast path and everything else sees the decoded w
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast, dataclass_transform
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from weightsmith.core.weights import Memory, Spec, Weights, any_match, matches
 if TYPE_CHECKING:
     from weightsmith.core.laws import Law
 
-C = TypeVar("C", bound=type)
+C = TypeVar("C")
 
 
 class Parametrization(Protocol):
@@ -51,13 +51,13 @@ def parametrization(
     roles: str = "*",
     except_for: Mapping[str, str] | None = None,
     trains: str = "theta",
-) -> Callable[[C], C]:
+) -> Callable[[type[C]], type[C]]:
     """Register a class with `encode(self, w, ...) -> theta` and `decode(self, [w,] **theta) -> w`.
 
     The class becomes a frozen dataclass whose fields are the hyperparameters.
     """
 
-    def decorate(cls: C) -> C:
+    def decorate(cls: type[C]) -> type[C]:
         cls = dataclass(frozen=True, kw_only=True)(cls)
         register(Card("parametrization", cls, paper, tuple(laws), roles, except_for or {}, trains))
         return cls
@@ -89,7 +89,7 @@ class Adapter(nn.Module):
     @property
     def theta(self) -> dict[str, Tensor]:
         """Theta by key."""
-        return {**self._parameters, **self._buffers}
+        return cast("dict[str, Tensor]", {**self._parameters, **self._buffers})
 
     def forward(self, original: Tensor) -> Tensor:
         """The lazy weight."""
@@ -157,12 +157,15 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 class Slot(NamedTuple):
-    """A parameter of a live model, under the name it has without parametrizations."""
+    """A parameter of a live model, under the name it has without parametrizations.
+
+    `adapter` is the Adapter on it or None; `foreign`: somebody else's parametrization is.
+    """
 
     module: nn.Module
     key: str
     parameter: nn.Parameter
-    adapter: Adapter | None
+    adapter: Any
     foreign: bool
 
 
@@ -399,7 +402,7 @@ def _install(
     if _TRAINABLE not in model.__dict__:
         names = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
         model.__dict__[_TRAINABLE] = names
-    chains: dict[int, parametrize.ParametrizationList] = {}
+    chains: dict[int, Any] = {}
     for name, form in chosen.items():
         module, key, parameter = slots[name].module, slots[name].key, slots[name].parameter
         if parametrize.is_parametrized(module, key):
@@ -409,9 +412,10 @@ def _install(
         if parametrize.is_parametrized(module):
             _own_class(module)
         parametrize.register_parametrization(module, key, adapter, unsafe=True)
-        module.parametrizations[key] = chains.setdefault(id(parameter), module.parametrizations[key])
+        held: Any = module.parametrizations
+        held[key] = chains.setdefault(id(parameter), held[key])
         if not adapter.traits["keeps"]:
-            _forget_original(module.parametrizations[key])
+            _forget_original(held[key])
     if any(card(form).trains == "theta" for form in chosen.values()):
         training = set()
         for slot in _attached(model).values():
@@ -430,7 +434,7 @@ def _forget_original(chain: parametrize.ParametrizationList) -> None:
     chain.register_load_state_dict_post_hook(_shrink)
 
 
-def _shrink(chain: nn.Module, *_: Any) -> None:
+def _shrink(chain: Any, *_: Any) -> None:
     chain.original.data = chain.original.data.new_zeros(()).expand(chain.original.shape)
 
 
@@ -438,7 +442,7 @@ def _leave_out(chain: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any)
     del state[f"{prefix}original"]
 
 
-def _put_in(chain: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _put_in(chain: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     chain.original.data = state[f"{prefix}original"] = chain.original.data.contiguous()
 
 
@@ -454,8 +458,9 @@ def _remove(slot: Slot) -> None:
     module, key = slot.module, slot.key
     if not parametrize.is_parametrized(module, key):
         return
-    del module.parametrizations[key]
-    if module.parametrizations:
+    held: Any = module.parametrizations
+    del held[key]
+    if held:
         _own_class(module, without=key)
     else:
         del module.parametrizations

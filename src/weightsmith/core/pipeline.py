@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,8 +128,6 @@ class Pipeline:
         Returns:
             What was written and measured.
         """
-        from weightsmith.core.report import Report
-
         write, shown = self.recipe.write, self.recipe.report
         if write and Path(write.to).exists() and not overwrite:
             raise InputError(
@@ -137,6 +136,27 @@ class Pipeline:
         work = staging(Path(write.to if write else shown or "recipe").absolute()).with_suffix(".steps")
         record = work / "report.jsonl"
         record.unlink(missing_ok=True)
+        try:
+            return self._run(work, record, overwrite, resume, digest, jobs, progress, say)
+        finally:
+            record.unlink(missing_ok=True)
+            with suppress(OSError):
+                work.rmdir()
+
+    def _run(
+        self,
+        work: Path,
+        record: Path,
+        overwrite: bool,
+        resume: bool,
+        digest: bool,
+        jobs: int | None,
+        progress: Progress | None,
+        say: Callable[[str], None],
+    ) -> dict[str, Any]:
+        from weightsmith.core.report import Report
+
+        write, shown = self.recipe.write, self.recipe.report
         report = Report(record, title=f"Recipe: {', '.join(step.use for step in self.recipe.steps)}")
         report.add("run", recipe=self.recipe.resolved(), versions={"weightsmith": __version__})
         results, current = dict(self.models), next(iter(self.models.values()))
@@ -172,7 +192,10 @@ class Pipeline:
         self, step: Step, name: str, models: list[Weights], base: Weights | None, report: Any
     ) -> dict[str, Any]:
         about = get(step.use)
-        text = {"text": step.data.text, "samples": step.data.samples, "length": step.data.length} if step.data else {}
+        data = step.data
+        text: dict[str, Any] = (
+            {"text": data.text, "samples": data.samples, "length": data.length} if data is not None else {}
+        )
         rows = read_measure(
             about.id, models, base=base, where=step.where, exclude=tuple(step.exclude), **text, values=step.with_
         )
@@ -256,7 +279,7 @@ def apply_method(
     if dry and about.unit == "models":
         check_needs(about, base, stats, evaluate)
         about.validate(values)
-        agree(models)
+        agree(list(models))
         return models[0]
     score = None
     if evaluate:

@@ -4,12 +4,12 @@ import re
 from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from weightsmith.core.errors import InputError, MethodError, RecipeError, nearest
-from weightsmith.core.method import NEEDS, STATISTICS, index
+from weightsmith.core.method import NEEDS, STATISTICS, Statistic, index
 
 LIMIT = 1 << 20
 """Bytes of a recipe at most."""
@@ -61,7 +61,7 @@ class Step(_Strict):
     with_: dict[str, Value] = Field({}, alias="with")
     where: str = "*"
     exclude: list[str] = []
-    needs: dict[Literal[STATISTICS], str] = {}
+    needs: dict[Statistic, str] = {}
     calibrate: Text | None = None
     evaluate: Text | None = None
     data: Text | None = None
@@ -198,9 +198,9 @@ def _place(tree: Any, path: tuple[Any, ...], name: str) -> str:
     node, place = tree, (0, 0)
     for key in path:
         if isinstance(node, Mapping) and key in node:
-            place, node = node.lc.key(key), node[key]
+            place, node = cast("Any", node).lc.key(key), node[key]
         elif isinstance(node, list) and isinstance(key, int) and key < len(node):
-            place, node = node.lc.item(key), node[key]
+            place, node = cast("Any", node).lc.item(key), node[key]
         else:
             break
     return _at(name, *place)

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import closing, contextmanager, suppress
 from functools import partial
@@ -137,7 +137,7 @@ def run_tasks(
     tasks: list[Task],
     workers: int = 1,
     cancel: Callable[[], None] = lambda: None,
-) -> Iterator[Receipt]:
+) -> Generator[Receipt, None, None]:
     """Receipts in the order of completion.
 
     Args:
@@ -204,8 +204,8 @@ def write_shard(
                     if progress:
                         progress(data.nbytes, task.file)
                 if begin != end:
-                    raise RunError(f"the plan promised {end - offsets[spec.name][0]} bytes and {begin - offsets[spec.name][0]} "
-                                   "came", where=spec.name, hint="please report this method")  # fmt: skip
+                    said = f"the plan promised {spec.nbytes} bytes and {spec.nbytes + begin - end} came"
+                    raise RunError(said, where=spec.name, hint="please report this method")
             for future in pending:
                 future.result()
         os.fsync(handle)
@@ -432,7 +432,7 @@ def _readable_errors(out: Path) -> Iterator[None]:
     except BrokenExecutor as error:
         raise RunError(f"a worker died: {error}", where=out, hint=f"fewer workers need less memory; {again}") from error
     except MemoryError as error:
-        raise RunError("out of memory", where=out, hint=f"work on fewer shards at a time: `--jobs 1`; {again}") from error
+        raise RunError("out of memory", where=out, hint=f"take fewer shards at a time: `--jobs 1`; {again}") from error
     except OSError as error:
         where = error.filename or out
         told = {
@@ -524,6 +524,7 @@ def _exchange(a: Path, b: Path) -> None:
     at_cwd, exchange = -100, 2
     if renameat2 is None or renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange):
         aside = staging(b) / "old"
+        _remove(aside)
         os.rename(b, aside)
         try:
             os.rename(a, b)

@@ -1,7 +1,7 @@
 """Text for calibration and evaluation, tokenized by the tokenizer that came with the checkpoint."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from weightsmith.core.errors import InputError
 from weightsmith.core.weights import Weights
@@ -12,10 +12,12 @@ if TYPE_CHECKING:
 DOMAINS = ("documentation", "source_code")
 """Texts that come with Python: its documentation, and the standard library's source."""
 
-TRAIN, HELD_OUT = "train", "test"
+Split = Literal["train", "test"]
+TRAIN: Split = "train"
+HELD_OUT: Split = "test"
 
 
-def read_text(source: str | Path, split: str = HELD_OUT) -> str:
+def read_text(source: str | Path, split: Split = HELD_OUT) -> str:
     """The text of a file, or one split of one of `DOMAINS`.
 
     Raises:
@@ -88,7 +90,7 @@ def chunks(
     *,
     samples: int = 16,
     length: int = 512,
-    split: str = HELD_OUT,
+    split: Split = HELD_OUT,
     spread: bool = False,
 ) -> "Tensor":
     """Chunks of a text as token ids, shape (samples, length).

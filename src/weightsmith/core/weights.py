@@ -7,7 +7,7 @@ Weights. Nothing here imports torch before a tensor is read, so looking at a che
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -173,7 +173,8 @@ class Weights(ABC):
         """The tensors whose name or role matches a glob (several globs are joined by `|`), none of `exclude`."""
         names = [name for name in self if matches(self.spec(name), where) and not any_match(self.spec(name), exclude)]
         if not names and len(self):
-            raise InputError(f"`{where}` matches no tensor", where=self.origin.path, hint=nearest(where, self, what="there are"))
+            hint = nearest(where, self, what="there are")
+            raise InputError(f"`{where}` matches no tensor", where=self.origin.path, hint=hint)
         return View(self, {name: name for name in names})
 
     def rename(self, f: Callable[[str], str]) -> "Weights":
@@ -192,7 +193,7 @@ class Weights(ABC):
         return Cast(self, dtype)
 
     def __sub__(self, other: "Weights") -> "Weights":
-        return Mapped(_difference, (self, other))
+        return Mapped(_difference, (self, other), "float32")
 
     def __add__(self, other: "Weights") -> "Weights":
         return Mapped(_sum, (self, other))
@@ -260,7 +261,7 @@ class Memory(Weights):
         digest = hashlib.blake2b(digest_size=16)
         for name, tensor in self._tensors.items():
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return {"path": self.origin.path, "blake2b": digest.hexdigest()}
 
 
@@ -329,11 +330,17 @@ class Cast(View):
 
 
 class Mapped(Weights):
-    """A function of the equally named tensors of one or more Weights, which have to agree in names and shapes."""
+    """A function of the equally named tensors of one or more Weights, which have to agree in names and shapes.
 
-    def __init__(self, f: Callable[..., "Tensor"], sources: tuple[Weights, ...]):
+    Args:
+        f: from tensors to a tensor of the same shape.
+        sources: the Weights.
+        dtype: of the results; that of the first source by default.
+    """
+
+    def __init__(self, f: Callable[..., "Tensor"], sources: tuple[Weights, ...], dtype: str | None = None):
         agree(sources)
-        self.f, self._sources, self.origin = f, sources, sources[0].origin
+        self.f, self._sources, self.dtype, self.origin = f, sources, dtype, sources[0].origin
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources[0])
@@ -342,7 +349,8 @@ class Mapped(Weights):
         return len(self._sources[0])
 
     def spec(self, name: str) -> Spec:
-        return self._sources[0].spec(name)
+        spec = self._sources[0].spec(name)
+        return replace(spec, dtype=self.dtype) if self.dtype else spec
 
     def read(self, name: str) -> "Tensor":
         return self.f(*(source.read(name) for source in self._sources))
@@ -373,7 +381,7 @@ def _sum(a: "Tensor", b: "Tensor") -> "Tensor":
     return (a.float() + b.float()).to(a.dtype)
 
 
-def agree(models: "tuple[Weights, ...] | list[Weights]", *, allow_mismatch: bool = False) -> list[str]:
+def agree(models: Sequence[Weights], *, allow_mismatch: bool = False) -> list[str]:
     """The names all models share, in the first one's order.
 
     Raises:

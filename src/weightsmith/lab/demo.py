@@ -90,12 +90,13 @@ class Demo:
         both(self.quantized, methods, methods.values(), [merged] * len(methods))
         self.pictures(base)
         self.report.add("note", title="About the 4-bit rows", text=GRID_NOTE)
-        self.report.add("run", peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.report.add("run", peak_bytes=max(peak, self.report.run.peak_bytes or 0))
         return self.report
 
     def kept(
-        self, name: str, method: str, make: Callable[[], Weights], *, inputs: list[str], settings: dict[str, Any] | None = None,
-        about: str = "", bits: Callable[[Weights], dict[str, float]] = lambda weights: {},
+        self, name: str, method: str, make: Callable[[], Weights], *, inputs: list[str],
+        settings: dict[str, Any] | None = None, about: str = "", bits: Callable[[Weights], dict[str, float]] = lambda weights: {},
     ) -> Weights:  # fmt: skip
         """A stage's result, made and measured on the first run and opened on the next."""
         from weightsmith.core.run import save

@@ -1,4 +1,6 @@
-"""Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch (Yu et al., ICML 2024)."""
+"""Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch
+(Yu et al., ICML 2024).
+"""
 
 from typing import Annotated
 

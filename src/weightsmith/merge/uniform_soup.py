@@ -1,4 +1,6 @@
-"""Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time (Wortsman et al., ICML 2022)."""
+"""Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time
+(Wortsman et al., ICML 2022).
+"""
 
 from jaxtyping import Float
 from torch import Tensor

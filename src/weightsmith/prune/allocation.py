@@ -133,9 +133,7 @@ def matrices(weights: Weights, where: str) -> list[str]:
     Raises:
         InputError: there are none.
     """
-    names = [
-        name for name in weights.select(where) if len(weights.spec(name).shape) > 1 and weights.spec(name).computable
-    ]
+    names = [n for n in weights.select(where) if weights.spec(n).computable and len(weights.spec(n).shape) > 1]
     if not names:
         raise InputError(f"`{where}` matches no matrix", where=weights.origin.path, hint="see `weightsmith inspect`")
     return names

@@ -10,7 +10,7 @@ import sys
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -69,7 +69,7 @@ class Mapped:
 
         mapped = self._mapped()
         array = numpy.frombuffer(mapped, numpy.uint8, end - begin, begin)
-        weakref.finalize(array, _release, mapped, begin, end).atexit = False
+        weakref.finalize(array, _release, mapped, begin, end).atexit = False  # pyrefly: ignore[missing-attribute]
         return array
 
     def release(self, begin: int, end: int) -> None:
@@ -192,7 +192,7 @@ def read_json(path: Path, what: str, *, unique: bool = False) -> dict[str, Any]:
     return parse_object(raw, what, path, **({"object_pairs_hook": unique_keys} if unique else {}))
 
 
-def parse_object(raw: bytes, what: str, where: object, **hooks: Callable[..., Any]) -> dict[str, Any]:
+def parse_object(raw: bytes, what: str, where: object, **hooks: Any) -> dict[str, Any]:
     """A JSON object from untrusted bytes; `hooks` are those of `json.loads`."""
     try:
         data = json.loads(raw.decode("utf-8"), **hooks)

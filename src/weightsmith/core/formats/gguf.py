@@ -243,7 +243,7 @@ def _tokenizer(path: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
         return {}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+            tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
             tokenizer.save_pretrained(folder)
         except Exception as error:  # transformers raises what it likes on a tokenizer it does not know
             warnings.warn(f"{path}: the tokenizer is left out, transformers cannot convert it: {error}", stacklevel=2)

@@ -305,7 +305,7 @@ def _write(out: Path, tensors: Weights, metadata: Mapping[str, str], config: str
         made = stage / "new"
         made.mkdir()
         start, _ = header([tensors.spec(name) for name in tensors], metadata)
-        pieces = (tensors.read(name).reshape(-1).view(torch.uint8).numpy() for name in tensors)
+        pieces = (tensors.read(name).reshape(-1).view(torch.uint8).numpy().data for name in tensors)
         for name, parts in ((TENSORS, (start, *pieces)), (CONFIG, (config.encode(),))):
             with (made / name).open("wb") as file:
                 file.writelines(parts)

@@ -197,8 +197,8 @@ def _check_pickle(raw: bytes, path: Path) -> None:
         for opcode, argument, _ in pickletools.genops(raw):
             if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"):
                 raise FormatError(f"its pickle makes objects ({opcode.name})", where=path, hint=_HINT)
-            if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(argument):
-                asked = argument.replace(" ", ".")
+            if opcode.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):
+                asked = str(argument).replace(" ", ".")
                 raise FormatError(f"its pickle asks for {asked!r}, not only for tensors", where=path, hint=_HINT)
     except (ValueError, IndexError) as error:
         raise FormatError(f"a damaged pickle: {error}", where=path) from None

@@ -174,9 +174,9 @@ def text_table(report: Report, width: int = 100) -> str:
 
 def _merge(old: R, new: R) -> R:
     fields = {}
-    for name in type(new).model_fields:
+    for name in new.__class__.model_fields:
         before, after = getattr(old, name), getattr(new, name)
-        if after not in (type(new).model_fields[name].default, before) and name != "at":
+        if after not in (new.__class__.model_fields[name].default, before) and name != "at":
             fields[name] = {**before, **after} if isinstance(before, dict) and isinstance(after, dict) else after
     return old.model_copy(update=fields)
 
