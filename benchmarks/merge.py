@@ -9,6 +9,7 @@ included. The floor reads the inputs and writes an output of the same size by pl
 import argparse
 import json
 import os
+import re
 import resource
 import shutil
 import statistics
@@ -48,12 +49,16 @@ def make(folder: Path, layers: int) -> None:
         shapes |= {p + "mlp.down_proj.weight": (hidden, inner), p + "input_layernorm.weight": (hidden,)}
         shapes |= {p + "post_attention_layernorm.weight": (hidden,)}
     rng = torch.Generator().manual_seed(0)
-    base = {name: (torch.randn(shape, generator=rng) * 0.02).bfloat16() for name, shape in shapes.items()}
+    kinds = {name: re.sub(r"layers\.\d+", "layers.0", name) for name in shapes}  # every layer holds the same numbers
+    base = {
+        kind: (torch.randn(shapes[kind], generator=rng) * 0.02).bfloat16() for kind in dict.fromkeys(kinds.values())
+    }
     for name in ("base", "a", "b"):
         noise = 0.0 if name == "base" else 5e-4
-        tensors = {
+        made = {
             k: (v.float().add_(torch.randn(v.shape, generator=rng), alpha=noise)).bfloat16() for k, v in base.items()
         }
+        tensors = {name: made[kind] for name, kind in kinds.items()}
         save(Memory(tensors, Origin(config=config)), folder / name, shards="500MB", digest=False, overwrite=True)
 
 
@@ -130,6 +135,14 @@ def floor(job: str, folder: Path, out: Path) -> dict[str, float]:
     return result
 
 
+def prepare(folder: Path, layers: int) -> None:
+    """Make the models in a child: the peak memory of this process would count as that of its children."""
+    if not (folder / "b").exists():
+        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import merge, pathlib; "
+        code += f"merge.make(pathlib.Path({str(folder)!r}), {layers})"
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def median(runs: list[dict[str, float]]) -> dict[str, float]:
     return {key: round(statistics.median(run[key] for run in runs), 2) for key in runs[0]}
 
@@ -146,9 +159,13 @@ def main() -> None:
 
     scratch = Path(options.dir or tempfile.mkdtemp(prefix="weightsmith-bench-"))
     model, double, out = scratch / "1.2b", scratch / "2.4b", scratch / "out"
-    if not (model / "b").exists():
-        make(model, 16)
-    result = {"environment": environment(), "jobs": {}}
+    prepare(model, 16)
+    result = {
+        "environment": environment(),
+        "repeats": options.repeats,
+        "load": round(os.getloadavg()[0], 1),
+        "jobs": {},
+    }
     for job in options.jobs:
         runs: dict[str, list[dict[str, float]]] = {"floor": [], "ours": [], "ours, hashed": [], "mergekit": []}
         for _ in range(options.repeats):
@@ -171,8 +188,7 @@ def main() -> None:
     result["serial and threaded give the same bytes"] = hashes[0] == hashes[1]
     result["ties, one worker"] = {k: round(v, 2) for k, v in serial.items()}
     if not options.quick:
-        if not (double / "b").exists():
-            make(double, 34)
+        prepare(double, 34)
         result["ties, twice the model"] = {k: round(v, 2) for k, v in ours("ties", double, out).items()}
     Path("results/bench_merge.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k != "jobs"}, indent=1))
