@@ -171,6 +171,10 @@ def test_random_methods_depend_on_seed_and_name_only(base, math_):
     forwards = apply("merge.dare", [math_], base=base, density=0.5)
     assert all(torch.equal(first[n], again[n]) and torch.equal(first[n], forwards.read(n)) for n in first)
     assert not torch.equal(first[UP], other[UP])
+    dropped = [first[name] == base.read(name) for name in (UP, UP.replace("up", "gate"), LAST)]
+    assert 0.4 < float(dropped[0].float().mean()) < 0.6
+    assert not torch.equal(dropped[0], dropped[1])
+    assert not torch.equal(dropped[0], dropped[2])
     alone = apply("merge.dare", [math_.select(UP)], base=base.select(UP), density=0.5)
     assert torch.equal(alone.read(UP), first[UP])
     streamed = torch.cat(list(forwards.tiles(UP)))

@@ -7,14 +7,12 @@ killed run resumes with the same bytes. Tensors never travel through an engine.
 import ctypes
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import closing, contextmanager, suppress
@@ -25,15 +23,13 @@ from typing import Any
 from weightsmith import __version__
 from weightsmith.core.errors import InputError, RunError
 from weightsmith.core.formats import safetensors
+from weightsmith.core.formats.stream import Stream
 from weightsmith.core.plan import Plan, Task, human, plan, single_file, staging, with_dtype
 from weightsmith.core.weights import Weights
 
 Receipt = dict[str, Any]
 Engine = Callable[[Callable[[Task], Receipt], Iterable[Task]], Iterator[Receipt]]
 Progress = Callable[[int, str], None]
-
-QUEUE = 4
-"""Tiles that may wait for the disk, per worker."""
 
 PUBLISHING = "publishing"
 """A note on what is about to be published: the plan, and the inode of the staged output."""
@@ -177,59 +173,34 @@ def write_shard(
     head, offsets = safetensors.header(task.specs, task.metadata)
     total = len(head) + task.nbytes
     final, part = Path(folder, task.file), Path(folder, task.file + ".part")
-    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    sha = hashlib.sha256() if task.digest else None
-    pending: deque[Future[None]] = deque()
-
-    def put(data: Any, offset: int) -> None:
-        view, at = memoryview(data).cast("B"), offset
-        while view:
-            written = os.pwrite(handle, view, at)
-            view, at = view[written:], at + written
-        if sha:
-            sha.update(data)
-
     try:
-        _allocate(handle, total)
-        with ThreadPoolExecutor(1, thread_name_prefix="weightsmith-writer") as writer:
-            pending.append(writer.submit(put, head, 0))
+        with Stream(part, total, digest=task.digest) as stream:
+            stream.write(head)
             for spec in task.specs:
                 begin, end = offsets[spec.name]
                 for data in _bytes(task.weights, spec):
                     _go_on(stop, task.file)
-                    if len(pending) >= QUEUE:
-                        pending.popleft().result()
-                    pending.append(writer.submit(put, data, begin))
+                    stream.write(data)
                     begin += data.nbytes
                     if progress:
                         progress(data.nbytes, task.file)
                 if begin != end:
                     said = f"the plan promised {spec.nbytes} bytes and {spec.nbytes + begin - end} came"
                     raise RunError(said, where=spec.name, hint="please report this method")
-            for future in pending:
-                future.result()
-        os.fsync(handle)
+            sha = stream.finish()
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    finally:
-        os.close(handle)
     part.rename(final)
     sync_folder(folder)
     seconds = {"seconds": round(time.perf_counter() - started, 3), "cpu_seconds": round(time.thread_time() - cpu, 3)}
     return {
         "file": task.file,
         "size": total,
-        "sha256": sha.hexdigest() if sha else None,
+        "sha256": sha,
         "tensors": len(task.specs),
         **seconds,
     }
-
-
-def _allocate(handle: int, total: int) -> None:
-    """Take the room on the disk at once, where the system can."""
-    if total and hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(handle, 0, total)
 
 
 def _go_on(stop: threading.Event | None, where: object) -> None:

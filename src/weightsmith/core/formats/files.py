@@ -27,7 +27,7 @@ SMALL_JSON = 10_000_000
 FORBIDDEN = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """What no tensor's name may hold: it is printed, and written again."""
 
-RELEASE = 16 << 20
+RELEASE = 4 << 20
 """Bytes handed out between two releases of resident pages."""
 
 ASSETS = (
