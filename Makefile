@@ -26,6 +26,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
 	$(BIN)/python -m weightsmith.core.index --check
+	$(BIN)/python benchmarks/facts.py --check
 
 fix: install
 	$(BIN)/ruff check --fix .
@@ -42,7 +43,10 @@ bench: install
 	$(BIN)/python benchmarks/merge.py --peer-python $(BIN)/python
 	$(BIN)/python benchmarks/lora.py
 	$(BIN)/python benchmarks/spectra.py
-	$(BIN)/python benchmarks/gptq.py
+	$(BIN)/python benchmarks/gptq.py $(if $(LLMCOMPRESSOR),--peer-python $(LLMCOMPRESSOR))
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/facts.py
 
 docs: index
 	@echo "docs/methods is up to date"

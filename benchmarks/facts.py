@@ -38,8 +38,13 @@ def others() -> list[str]:
         ours = f"{median['weightsmith']:.1f} CPU s, {memory['weightsmith']:,} MiB"
         peer = f"PEFT {median['peft']:.1f} CPU s, {memory['peft']:,} MiB"
         lines.append(f"| a LoRA training step of SmolLM2-135M | {ours} | {peer} |")
-    if gptq := result("bench_gptq"):
-        lines.append(f"| {gptq['summary'][0]} | {gptq['summary'][1]} | {gptq['summary'][2]} |")
+    if rows := result("bench_gptq").get("rows"):
+        ours, peer = rows["weightsmith gptq"], rows.get("llm-compressor gptq, memoryless_mse")
+        shown = [
+            f"perplexity {r['perplexity']:.2f}, {r['us_per_weight']:.2f} CPU µs a weight" for r in (ours, peer) if r
+        ]
+        beside = f"llm-compressor, its best setting: {shown[1]}" if peer else ""
+        lines.append(f"| SmolLM2-135M in 3 bits by GPTQ, {ours['bits']:.2f} stored bits | {shown[0]} | {beside} |")
     if spectra := result("bench_spectra"):
         ours, peer = spectra["weightsmith"]["cpu"], spectra["weightwatcher"]["cpu"]
         beside = f"weightwatcher {peer:.1f} CPU s, same exponents"

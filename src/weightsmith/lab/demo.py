@@ -95,9 +95,16 @@ class Demo:
         return self.report
 
     def kept(
-        self, name: str, method: str, make: Callable[[], Weights], *, inputs: list[str],
-        settings: dict[str, Any] | None = None, about: str = "", bits: Callable[[Weights], dict[str, float]] = lambda weights: {},
-    ) -> Weights:  # fmt: skip
+        self,
+        name: str,
+        method: str,
+        make: Callable[[], Weights],
+        *,
+        inputs: list[str],
+        settings: dict[str, Any] | None = None,
+        about: str = "",
+        size: Callable[[], dict[str, float]] = dict,
+    ) -> Weights:
         """A stage's result, made and measured on the first run and opened on the next."""
         from weightsmith.core.run import save
 
@@ -108,9 +115,9 @@ class Demo:
             save(make(), out, shards="100MB")
         weights = open_weights(out)
         if name not in self.done:
-            size = {"bytes": weights.nbytes, **bits(weights)}
+            sizes = {"bytes": weights.nbytes, **size()}
             self.add("step", name=name, method=method, inputs=inputs, settings=settings or {}, about=about,
-                     seconds=time.perf_counter() - started, **size)  # fmt: skip
+                     seconds=time.perf_counter() - started, **sizes)  # fmt: skip
         self.measure(name, weights)
         return weights
 
@@ -196,7 +203,7 @@ class Demo:
             return apply_sequential(method["method"], merged, [batch], progress=told, **settings)
 
         self.kept(name, method["method"], make, inputs=[MERGED], settings=settings,
-                  bits=lambda weights: stored(merged, method["method"], settings))  # fmt: skip
+                  size=lambda: stored(merged, method["method"], settings))  # fmt: skip
 
     def pictures(self, base: Weights) -> None:
         """What each step changed, layer by layer; histograms and spectra of two matrices."""
