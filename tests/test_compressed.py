@@ -64,6 +64,8 @@ def test_transformers_computes_our_logits(form, checkpoint, tmp_path):
 
     thetas, plain = quantised(checkpoint, form)
     save(compressed(checkpoint, thetas, form), tmp_path / "packed")
+    ours = open_weights(tmp_path / "packed")
+    assert all(torch.equal(ours.read(name).float(), plain.read(name).half().float()) for name in thetas)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
     tokens = torch.arange(24).reshape(2, 12)
     with torch.no_grad():
@@ -91,7 +93,7 @@ def test_the_peer_decodes_our_weights(form, checkpoint):
 def test_reading_back_gives_the_same_bits(form, checkpoint, tmp_path):
     thetas, plain = quantised(checkpoint, form)
     save(compressed(checkpoint, thetas, form), tmp_path / "packed")
-    found = Decompressed(open_weights(tmp_path / "packed"), dtype="float32")
+    found = Decompressed(open_weights(tmp_path / "packed").packed, dtype="float32")
     assert set(found) == set(plain)
     assert "quantization_config" not in found.origin.config
     for name in plain:
@@ -107,7 +109,7 @@ def test_a_model_quantised_layer_by_layer_is_packed(checkpoint, tmp_path):
     expected = apply_sequential(
         "quantize.gptq", checkpoint, [tokens], exclude="*.1.mlp.down_proj.weight", bits=4, group_size=32, symmetric=True
     )
-    found = Decompressed(open_weights(out), dtype="float32")
+    found = Decompressed(open_weights(out).packed, dtype="float32")
     for name in expected:
         assert torch.equal(found.read(name), expected.read(name)), name
 

@@ -56,7 +56,12 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Weights:
     if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         from weightsmith.core.formats.safetensors import SafetensorsFolder
 
-        return SafetensorsFolder(folder)
+        found = SafetensorsFolder(folder)
+        if found.origin.config.get("quantization_config", {}).get("quant_method") == "compressed-tensors":
+            from weightsmith.core.formats.compressed import Decompressed
+
+            return Decompressed(found)
+        return found
     gguf = [name for name in names if name.endswith(".gguf")]
     if len(gguf) == 1:
         from weightsmith.core.formats.gguf import open_gguf

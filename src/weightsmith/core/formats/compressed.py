@@ -7,7 +7,7 @@ A row of codes is one string of bits, little-endian, cut into 32-bit words; so i
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +15,6 @@ from torch import Tensor
 
 from weightsmith.core.errors import FormatError, InputError, first_few
 from weightsmith.core.weights import Memory, Spec, Weights
-
-if TYPE_CHECKING:
-    pass
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 """What a quantised weight is stored as, in place of `weight`."""
