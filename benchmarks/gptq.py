@@ -111,7 +111,7 @@ def ours(method: str, precision: str, folder: str, out: str) -> dict:
     if method == "nearest":
         for name, weight in model.named_parameters():
             if name.endswith("_proj.weight"):
-                change(name, weight, {})
+                weight.data = change(name, weight.data, {})
     else:
         sequential(model, [tokens], change, where="attention.*|mlp.*", precision=precision)
     cpu = time.process_time() - start

@@ -282,7 +282,7 @@ def test_refitting_scales_never_hurts(width):
 
 def test_refitted_scales_solve_least_squares():
     """Against the pseudo-inverse, row by row."""
-    from weightsmith.quantize.gptq import refitted
+    from weightsmith.quantize.refit import refitted
 
     w, gram = gaussian(4, 40), correlated(40)
     scale = torch.full((4, 3), 0.4)

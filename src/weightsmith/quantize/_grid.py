@@ -138,7 +138,7 @@ def decoded(
     if table is not None:
         values = table.float().index_select(0, grouped.flatten().int()).view(grouped.shape)
     else:
-        values = grouped.float() - (zero if isinstance(zero, float) else zero.float().unsqueeze(2))
+        values = grouped.float().sub_(zero if isinstance(zero, float) else zero.float().unsqueeze(2))
     return rows(values * scale.float().unsqueeze(2), codes.shape[1])
 
 

@@ -7,11 +7,11 @@ import torch
 from annotated_types import Ge, Interval
 from jaxtyping import Float, UInt8
 from torch import Tensor
-from torch.nn.functional import pad
 
 from weightsmith.core.laws import levels
 from weightsmith.core.parametrization import parametrization
 from weightsmith.quantize import _grid
+from weightsmith.quantize.refit import refitted
 
 BLOCK = 64
 """Columns whose updates of the columns beyond them are gathered into one matrix product."""
@@ -137,23 +137,3 @@ def rounded(columns: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, bits: 
             columns[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1)
         columns[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
     return codes.add_(zero).to(torch.uint8)
-
-
-def refitted(w: Tensor, gram: Tensor, codes: Tensor, scale: Tensor, size: int) -> Tensor:
-    r"""The scales that make the output error least for given codes: of each row, the solution of a linear system.
-
-    With $c_g$ the codes of group g, zero elsewhere, $\sum_h (c_g^\top G c_h) s_h = c_g^\top G w$. A scale that would
-    leave half to twice its value is kept.
-    """
-
-    def by_group(x: Tensor) -> Tensor:
-        return pad(x, (0, -x.shape[1] % size)).unflatten(1, (-1, size)).sum(2)
-
-    count = scale.shape[1]
-    parts = zip(codes.split(size, 1), gram.split(size), strict=True)
-    system = torch.stack([by_group(part @ g * codes) for part, g in parts], 1)
-    error = w - codes * scale.repeat_interleave(size, 1)[:, : w.shape[1]]
-    diagonal = system.diagonal(dim1=1, dim2=2)
-    ridge = torch.eye(count, device=w.device) * (diagonal.mean(1) * 1e-4 + 1e-12)[:, None, None]
-    new = scale + torch.linalg.solve(system + ridge, by_group(error @ gram * codes).unsqueeze(2)).squeeze(2)
-    return torch.where((new > scale / 2) & (new < scale * 2), new, scale)
