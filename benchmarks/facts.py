@@ -83,7 +83,7 @@ def claims() -> list[str]:
 def main() -> None:
     table = [
         "",
-        "| | Weightsmith | beside it, in the same run |",
+        "| | Weightsmith | beside it, on the same machine |",
         "|---|---|---|",
         *merging(),
         *others(),
