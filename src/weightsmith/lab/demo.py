@@ -75,7 +75,11 @@ class Demo:
         machine = here.pop("machine")
         versions = {name: str(version) for name, version in here.items()}
         self.report.add("run", recipe=RECIPE, command="weightsmith demo", machine=machine, versions=versions)
-        self.done = {step.name for step in self.report.all(_step_kind())}
+        known = {step.name: step for step in self.report.all(_step_kind())}
+        for name, method, inputs in stages():
+            if name not in known:
+                self.report.add("step", name=name, method=method, inputs=inputs)
+        self.done = {name for name, step in known.items() if step.bytes is not None}
 
     def run(self) -> "Report":
         """All stages, in order."""
@@ -242,6 +246,13 @@ class Demo:
                 self.report.add(
                     "spectrum", name=tensor, label=name, values=values, alpha=reading["alpha"], xmin=reading["xmin"]
                 )
+
+
+def stages() -> list[tuple[str, str, list[str]]]:
+    """Name, method and inputs of each stage, in the order they are told in."""
+    trained = [(name, RECIPE["train"]["method"], ["base"]) for name in EXPERTS]
+    quantized = [(name, method["method"], [MERGED]) for name, method in RECIPE["quantize"].items()]
+    return [("base", "convert", []), *trained, (MERGED, RECIPE["merge"]["method"], [*EXPERTS]), *quantized]
 
 
 def smollm2_in(dtype: str) -> Weights:
