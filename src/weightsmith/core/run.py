@@ -456,7 +456,7 @@ def _card(manifest: dict[str, Any]) -> str:
     fence = "`" * 4
     return (
         "---\nlibrary_name: transformers\ntags:\n- weightsmith\n---\n\n"
-        f"Made with [Weightsmith](https://pypi.org/project/weightsmith/) {manifest['weightsmith']}.\n\n"
+        f"Made with Weightsmith {manifest['weightsmith']}.\n\n"
         f"{notes}\nHow it came to be:\n\n{fence}json\n{shown}\n{fence}\n"
     )
 
