@@ -23,7 +23,7 @@ JOBS = {
     "linear": ("linear", [], {"weight": 0.5}),
     "task_arithmetic": ("task_arithmetic", ["--scale", "0.5"], {"weight": 0.5}),
     "ties": ("ties", ["--density", "0.2"], {"weight": 1.0, "density": 0.2}),
-    "dare_ties": ("dare", ["--density", "0.5", "--sign-election"], {"weight": 1.0, "density": 0.5}),
+    "dare_ties": ("dare_ties", ["--density", "0.5"], {"weight": 1.0, "density": 0.5}),
 }
 
 QUICK = ("linear", "task_arithmetic")
@@ -94,7 +94,9 @@ os.fsync(fd)
 """
 
 
-def ours(job: str, folder: Path, out: Path, *, threads: int = 2, digest: bool = False) -> dict[str, float]:
+def ours(
+    job: str, folder: Path, out: Path, *, threads: int = 2, digest: bool = False, models: tuple[str, ...] = ("a", "b")
+) -> dict[str, float]:
     method, flags, _ = JOBS[job]
     shutil.rmtree(out, ignore_errors=True)
     base = [] if method == "linear" else ["--base", str(folder / "base")]
@@ -104,8 +106,7 @@ def ours(job: str, folder: Path, out: Path, *, threads: int = 2, digest: bool = 
         "weightsmith",
         "merge",
         method,
-        str(folder / "a"),
-        str(folder / "b"),
+        *(str(folder / name) for name in models),
         *base,
         *flags,
     ]
@@ -144,6 +145,15 @@ def prepare(folder: Path, layers: int) -> None:
         code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import merge, pathlib; "
         code += f"merge.make(pathlib.Path({str(folder)!r}), {layers})"
         subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def eight(folder: Path) -> tuple[str, ...]:
+    """Names of eight models: files of their own for two of them, hard links to those for the others."""
+    names = tuple("abcdefgh")
+    for k, name in enumerate(names[2:]):
+        if not (folder / name).exists():
+            shutil.copytree(folder / names[k % 2], folder / name, copy_function=os.link)
+    return names
 
 
 def median(runs: list[dict[str, float]]) -> dict[str, float]:
@@ -190,6 +200,8 @@ def main() -> None:
     hashes[1] = sorted((p.name, sha256(p)) for p in out.glob("*.safetensors"))
     result["serial and threaded give the same bytes"] = hashes[0] == hashes[1]
     result["ties, one worker"] = {k: round(v, 2) for k, v in serial.items()}
+    many = eight(model)
+    result["ties, eight models"] = {k: round(v, 2) for k, v in ours("ties", model, out, models=many).items()}
     if not options.quick:
         prepare(double, 34)
         result["ties, twice the model"] = {k: round(v, 2) for k, v in ours("ties", double, out).items()}

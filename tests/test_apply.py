@@ -319,3 +319,27 @@ def test_lineage_names_method_settings_and_inputs(base, math_):
     )  # fmt: skip
     assert lineage["from"][0]["path"] == math_.origin.path
     assert lineage["base"]["files"] == {"model.safetensors": "id"}
+
+
+def test_methods_of_whole_models_leave_the_rest_alone():
+    base = Memory({"a.weight": torch.zeros(4, 4), "b.weight": torch.zeros(4, 4)})
+    models = [Memory({name: torch.full((4, 4), float(k)) for name in base}) for k in (1, 2)]
+    for given in ({"where": "a.*"}, {"exclude": "b.*"}):
+        merged = apply("merge.opcm", models, base=base, **given)
+        assert list(merged) == list(base)
+        assert merged.read("a.weight").abs().max() > 0
+        assert torch.equal(merged.read("b.weight"), base.read("b.weight"))
+    wider = Memory({**{n: models[0].read(n) for n in base}, "c.weight": torch.ones(2)})
+    with pytest.raises(MismatchError):
+        apply("merge.opcm", [models[1], wider], base=base)
+    assert list(apply("merge.opcm", [models[1], wider], base=base, allow_mismatch=True)) == list(base)
+    with pytest.raises(MismatchError, match="does not match"):
+        apply("merge.opcm", models, base=base, where="nothing.*")
+
+
+def test_methods_that_run_the_model_take_it_whole():
+    models = [Memory({"a": torch.zeros(2), "b": torch.ones(2)})] * 2
+    with pytest.raises(MethodError, match="whole models"):
+        apply("merge.greedy_soup", models, evaluate=lambda w: 0.0, where="a")
+    with pytest.raises(MethodError, match="allow_nonfinite"):
+        apply("merge.opcm", models, base=models[0], allow_nonfinite=True)

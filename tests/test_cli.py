@@ -153,7 +153,7 @@ def test_inspect_tells_ties_and_lineage(here, good):
 
 def test_diff(here, good, bad):
     good("prune", "magnitude", "base", "--where", "*.1.mlp.*", "--sparsity", "0.5", "-o", "pruned")
-    rows = {row["role"]: row for row in json.loads(good("diff", "base", "pruned", "--format", "json"))}
+    rows = {row["role"]: row for row in json.loads(good("diff", "base", "pruned", "--format", "json"))["roles"]}
     assert rows["mlp.up"]["changed"] == 0.25
     assert rows["mlp.up"]["layers"] == {"0": 0.0, "1": pytest.approx(rows["mlp.up"]["layers"]["1"])}
     assert rows["attention.key"]["relative_change"] == 0

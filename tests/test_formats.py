@@ -466,13 +466,14 @@ def test_what_is_no_tensor_is_noted(tmp_path):
     assert "epoch" in weightsmith.open(tmp_path / "m.pt").origin.metadata["note"]
 
 
-def test_old_format_and_whole_models_need_permission(tmp_path):
+def test_the_old_format_is_read_and_whole_models_need_permission(tmp_path):
     torch.save(nn_state(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    torch.save(torch.nn.Linear(2, 3), tmp_path / "model.pt")
-    for name, expected in (("old.pt", set(nn_state())), ("model.pt", {"weight", "bias"})):
+    assert set(weightsmith.open(tmp_path / "old.pt")) == set(nn_state())
+    for name, old in (("model.pt", False), ("old_model.pt", True)):
+        torch.save(torch.nn.Linear(2, 3), tmp_path / name, _use_new_zipfile_serialization=not old)
         with pytest.raises(FormatError, match="--allow-pickle"):
             weightsmith.open(tmp_path / name)
-        assert set(weightsmith.open(tmp_path / name, allow_pickle=True)) == expected
+        assert set(weightsmith.open(tmp_path / name, allow_pickle=True)) == {"weight", "bias"}
 
 
 def test_torch_folders(tmp_path):

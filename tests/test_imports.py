@@ -35,7 +35,12 @@ SYNONYMS = {
 }  # fmt: skip
 """Hyperparameters nobody writes -> the word we have for them."""
 
-ONLY_HERE = {"density": {"merge.ties", "merge.dare"}}
+TORCHS = ("lr", "betas", "eps", "weight_decay")
+"""What torch calls the hyperparameters of its optimizers, and so ours."""
+
+ONLY_HERE = {"density": {f"merge.{name}" for name in (
+    "breadcrumbs", "breadcrumbs_ties", "dare", "dare_ties", "della", "della_linear", "pcb_merging", "sce", "ties",
+)}}  # fmt: skip
 """Words that only some fields use; elsewhere the common one serves."""
 
 
@@ -51,6 +56,17 @@ def imports(file: Path) -> Iterator[str]:
 
 def parts(module: str) -> list[str]:
     return module.removeprefix("weightsmith.").split(".") if module.startswith("weightsmith.") else []
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE / "core").rglob("*.py")), ids=lambda f: f.stem)
+def test_core_meets_dialects_in_recipes_only(file):
+    assert ("weightsmith.dialects" in file.read_text("utf-8")) == (file.name == "recipe.py")
+
+
+@pytest.mark.parametrize("file", sorted((PACKAGE / "dialects").glob("*.py")), ids=lambda f: f.stem)
+def test_a_dialect_knows_methods_by_name_only(file):
+    assert "dialects" not in FAMILIES
+    assert {path[0] for path in map(parts, imports(file)) if path} <= {"core", "dialects"}
 
 
 def test_families_are_found():
@@ -112,6 +128,8 @@ def test_claims_belong_to_methods():
 def test_one_vocabulary():
     for card in methods():
         for name in card.hyperparameters:
+            if card.kind == "optimizer" and name in TORCHS:
+                continue
             assert name not in SYNONYMS, f"{card.id} calls `{SYNONYMS[name]}` `{name}`"
             assert card.id in ONLY_HERE.get(name, {card.id}), f"{card.id} says `{name}`, which only some fields do"
 
@@ -129,6 +147,7 @@ def imported(code: str) -> set[str]:
         "import weightsmith.core.recipe, weightsmith.core.errors, weightsmith.core.method",
         "from weightsmith.core.method import index; assert index()['merge.ties']['summary']",
         "import weightsmith.merge, weightsmith.adapt, weightsmith.lab",
+        "import weightsmith.dialects",
     ],
 )
 def test_torch_is_not_imported_before_it_is_needed(code):

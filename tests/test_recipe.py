@@ -238,7 +238,7 @@ def test_built_in_recipes_run_and_the_plan_equals_the_run(file, here, monkeypatc
         blind.setattr(SafetensorsFile, "read", unreadable)
         blind.setattr(SafetensorsFile, "tiles", unreadable)
         plan = Pipeline(recipe).plan()
-    assert [step["method"] for step in plan.steps] == [step.use for step in recipe.steps]
+    assert [step["method"] for step in plan.steps] == [step.title for step in recipe.steps]
     told = Pipeline(recipe).run()
     written = open_weights(told["written"])
     specs = {spec.name: spec for task in plan.tasks for spec in task.specs}
@@ -250,7 +250,7 @@ def test_built_in_recipes_run_and_the_plan_equals_the_run(file, here, monkeypatc
     assert {task.file for task in plan.tasks} == {Path(f).name for f in written.origin.files}
     manifest = json.loads(Path(told["written"], "weightsmith.json").read_text())
     made_by = json.dumps(manifest["lineage"])
-    methods = [s.use for s in recipe.steps if not s.use.startswith("measure.") and s.use != "merge.greedy_soup"]
+    methods = [s.title for s in recipe.steps if not s.title.startswith("measure.") and s.use != "merge.greedy_soup"]
     assert all(method in made_by for method in methods)
     assert ".steps" not in made_by
     scores = [step for step in recipe.steps if step.use == "measure.perplexity"]

@@ -42,6 +42,9 @@ def filled(report):
         "histogram", name="w", edges=torch.linspace(-1, 1, 5), series={"before": [0, 9, 9, 1], "after": [0, 19, 0, 0]}
     )
     report.add("spectrum", name="w", label="before", values=torch.arange(50, 0, -1) ** 0.5, alpha=2.5, xmin=20.0)
+    report.add(
+        "candidates", name="scales", x="docs", y="code", points=[(1.0, 3.0), (2.0, 2.0), (3.0, 4.0)], front=[0, 1]
+    )
     report.add("note", text="Measured on 8 chunks.")
     report.add("note", text="One tensor was skipped.", level="warning")
     report.add("file", path="out/model.safetensors", bytes=250, hash="sha256:00ff")
@@ -233,7 +236,7 @@ def data_of(page):
 def test_the_page_is_whole_and_shows_every_kind(report):
     page = Page(render(filled(report)))
     charts = {attrs["class"] for tag, attrs in page.seen if tag == "svg"}
-    assert charts == {"dots", "bars", "heat", "histogram", "spectrum"}
+    assert charts == {"dots", "bars", "heat", "histogram", "spectrum", "scatter"}
     for tag, attrs in page.seen:
         if tag == "svg":
             assert attrs["role"] == "img"

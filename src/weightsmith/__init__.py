@@ -7,14 +7,15 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Memory": "core.weights", "Spec": "core.weights", "Weights": "core.weights", "open": "core.weights",
-    "apply": "core.apply", "save": "core.run", "run": "core.pipeline", "plan": "core.plan",
+    "stack": "core.layers", "apply": "core.apply", "save": "core.run", "run": "core.pipeline", "plan": "core.plan",
     "attach": "core.parametrization", "bake": "core.parametrization", "theta": "core.parametrization",
     "load_theta": "core.parametrization", "trainable": "core.parametrization",
+    "Penalty": "core.penalty", "Schedule": "core.schedule", "advance": "core.schedule",
     "bake_into": "core.adapter", "save_adapter": "core.formats.peft",
     "op": "core.method", "get": "core.method", "methods": "core.method",
     "WeightsmithError": "core.errors",
 }  # fmt: skip
-_FAMILIES = ("init", "merge", "adapt", "prune", "quantize", "regularize", "measure")
+_FAMILIES = ("init", "merge", "align", "adapt", "prune", "quantize", "regularize", "optimize", "measure")
 
 __all__ = ["__version__", *_PUBLIC, *_FAMILIES, "lab"]
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Group, Parameter
 
 from weightsmith import __version__
+from weightsmith.core.device import on as on_device
 from weightsmith.core.errors import InputError, MethodError, RecipeError, WeightsmithError, nearest
-from weightsmith.core.method import STATISTICS, index
+from weightsmith.core.method import STATISTICS, find, index
 
 if TYPE_CHECKING:
     from weightsmith.core.weights import Weights
 
-VERBS = {"merge": "ws", "prune": "w", "quantize": "w", "init": "spec", "measure": "w"}
+VERBS = {"merge": "ws", "align": "ws", "prune": "w", "quantize": "w", "init": "spec", "measure": "w"}
 """The families that have a command of their own."""
 
 app = App(
@@ -31,6 +32,7 @@ app = App(
 )
 for _name, _help in {
     "merge": "Merge checkpoints into one.",
+    "align": "Bring checkpoints into the same order of units.",
     "prune": "Set weights of a checkpoint to zero.",
     "quantize": "Round a checkpoint's weights to few bits.",
     "init": "Give a checkpoint's tensors fresh values.",
@@ -38,7 +40,10 @@ for _name, _help in {
 }.items():
     app.command(App(name=_name, help=_help, help_format="plaintext"))
 
+Out = Annotated[str, Parameter(name=["--out", "-o"], help="Folder to write.")]
+Device = Annotated[str, Parameter(help="Where to do the arithmetic: cpu, cuda, cuda:1, mps.")]
 Format = Annotated[Literal["human", "json"], Parameter(help="How to print data.")]
+Out = Annotated[str | None, Parameter(name=["--out", "-o"], help="Where to write, instead of where the recipe says.")]
 
 
 @Parameter(name="*")
@@ -51,6 +56,7 @@ class Reading:
         list[str], Parameter(help="Globs of tensors to leave alone; may be given again.", negative=())
     ] = field(default_factory=list)
     allow_pickle: Annotated[bool, Parameter(help="Read PyTorch files that can run code.", negative=())] = False
+    device: Device = "cpu"
     format: Format = "human"
     quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], help="Say nothing but errors.", negative=())] = False
     progress: Annotated[bool, Parameter(help="Show progress on a terminal.")] = True
@@ -137,7 +143,7 @@ def show(method: str, *, format: Format = "human") -> None:
     method
         `family.name`, or the name alone.
     """
-    card = _indexed(method)
+    card = index()[find(method)]
     if format == "json":
         print(json.dumps(card, indent=2))
         return
@@ -192,49 +198,246 @@ def inspect_(checkpoint: str, *, allow_pickle: bool = False, format: Format = "h
 
 
 @app.command
-def diff(a: str, b: str, *, format: Format = "human", allow_mismatch: bool = False) -> None:
-    """Show what changed from one checkpoint to another, per role and layer.
+def diff(
+    a: str,
+    b: str,
+    *others: str,
+    base: str | None = None,
+    report: str | None = None,
+    format: Format = "human",
+    allow_mismatch: bool = False,
+) -> None:
+    """Show what changed between checkpoints, whether they share a base, and which merge methods apply at what cost.
 
     Parameters
     ----------
     a
-        The checkpoint before.
+        The checkpoint before, or the first of those to merge.
     b
-        The checkpoint after.
+        The checkpoint after, or the second.
+    others
+        More of those to merge.
+    base
+        The model they were trained from.
+    report
+        HTML file to draw the comparison in.
     """
+    from weightsmith.core import advise
     from weightsmith.core.pipeline import difference
 
-    table = difference(_open(a), _open(b), allow_mismatch=allow_mismatch, progress=_steps("comparing"))
+    models = {path: _open(path) for path in (a, b, *others)}
+    origin = _open(base) if base else None
+    counted = _steps("comparing")
+    found = advise.survey(models, origin, allow_mismatch=allow_mismatch, progress=counted)
+    advices = advise.advise(list(models.values()), origin, related=found.related)
+    told = advise.data(found, advices)
+    if report:
+        shown = {"base": origin, **models} if origin else models
+        told["report"] = str(advise.report(found, advices, report, shown))
+    if not (base or others):
+        told["roles"] = difference(models[a], models[b], allow_mismatch=allow_mismatch, progress=counted)
+    if format == "json":
+        print(json.dumps(told, indent=2, default=str))
+        return
+    _advice_tables(told, format)
+
+
+def _advice_tables(told: dict[str, Any], format: str) -> None:
+    from weightsmith.core.plan import human
+
+    if "roles" in told:
+        rows = [
+            (r["role"], str(len(r["layers"])), f"{r['relative_change']:.2e}", f"{r['cosine']:.6f}",
+             f"{r['changed']:.1%}") for r in told["roles"]
+        ]  # fmt: skip
+        _table(("role", "layers", "relative change", "cosine", "elements changed"), rows, format, None, named=True)
+    else:
+        number = {True: "{:.3f}".format, False: lambda value: "–"}
+        rows = [
+            (p["a"], p["b"], p["kinship"], f"{p['cosine']:.4f}", f"{p['distance']:.2e}",
+             *(number[p[k] is not None](p[k]) for k in ("direction", "signs"))) for p in told["pairs"]
+        ]  # fmt: skip
+        _table(("one", "other", "kinship", "cosine", "distance", "changes' cosine", "signs agree"), rows, format, None,
+               named=True)  # fmt: skip
+        rows = [
+            (c["role"], "–" if c["layer"] is None else str(c["layer"]), f"{c['direction']:.3f}", f"{c['signs']:.3f}")
+            for c in told["agreement"]
+            if "direction" in c
+        ]
+        if rows:
+            _table(("role", "layer", "changes' cosine", "signs agree"), rows, format, None, named=True)
     rows = [
-        (r["role"], str(len(r["layers"])), f"{r['relative_change']:.2e}", f"{r['cosine']:.6f}", f"{r['changed']:.1%}")
-        for r in table
-    ]
-    _table(("role", "layers", "relative change", "cosine", "elements changed"), rows, format, table, named=True)
+        (m["method"], m["verdict"], m["why"], *((human(m["reads"]), human(m["writes"])) if m["writes"] else ("", "")),
+         f"{m['cpu_seconds']:.1f}" if m["cpu_seconds"] is not None else "") for m in told["methods"]
+    ]  # fmt: skip
+    _table(("method", "verdict", "why", "reads", "writes", "CPU s, about"), rows, format, None, named=True)
+    print(_clean(told["summary"]), file=sys.stderr)
+    if "report" in told:
+        print(f"report: {_clean(told['report'])}", file=sys.stderr)
 
 
 @app.command
-def plan(recipe: str, *, format: Format = "human") -> None:
+def extract(
+    tuned: str,
+    *,
+    base: str,
+    out: Out,
+    rank: int | None = None,
+    energy: float | None = None,
+    where: str | None = None,
+    exclude: Annotated[list[str] | None, Parameter(negative=())] = None,
+    seed: int = 0,
+    overwrite: Annotated[bool, Parameter(negative=())] = False,
+    format: Format = "human",
+    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], negative=())] = False,
+) -> None:
+    """Extract a LoRA from a fine-tuned model: an adapter that turns its base into it, as closely as the rank allows.
+
+    Parameters
+    ----------
+    tuned
+        The fine-tuned model.
+    base
+        The model it was tuned from.
+    rank
+        Rank at most: 16, or with `--energy` as much as it takes.
+    energy
+        Share of each matrix's change to keep, such as 0.9: the smallest rank that does.
+    where
+        Globs over names and roles of the matrices; by default those of attention and MLPs.
+    exclude
+        Globs of matrices to leave alone; may be given again.
+    seed
+        For the random sketches.
+    """
+    from weightsmith.adapt import lora
+    from weightsmith.core.low_rank import extract as extract_adapter
+
+    most = rank if rank is not None else 16 if energy is None else sys.maxsize
+    _check_free(out, Writing(overwrite=overwrite))
+    origin = _open(base)
+    made = extract_adapter(
+        _open(tuned), origin, lora, rank=most, energy=1.0 if energy is None else energy, where=where,
+        exclude=tuple(exclude or ()), seed=seed, progress=_steps("extracting", not quiet),
+    )  # fmt: skip
+    _write_adapter(made, out, origin, overwrite, format)
+
+
+@app.command
+def transplant(
+    model: str,
+    *,
+    tokenizer: str,
+    out: Out,
+    temperature: float = 0.3,
+    weight: float = 0.3,
+    top_k: int = 3,
+    threshold: float = 0.6,
+    writing: Writing | None = None,
+) -> None:
+    """Give a language model another tokenizer: shared tokens keep their rows, new ones are mixtures of old rows.
+
+    Parameters
+    ----------
+    model
+        A language model with its tokenizer.json.
+    tokenizer
+        The new tokenizer.json, or the folder it is in.
+    temperature
+        Lower is closer to the best match alone.
+    weight
+        Share of the global estimate, from the nearest old tokens; the rest is of the sub-tokens.
+    top_k
+        Nearest old tokens to look at.
+    threshold
+        Cosine from which on a token counts as near.
+    """
+    from weightsmith.core.transplant import transplant as transplanted
+
+    made = transplanted(
+        _open(model), tokenizer, temperature=temperature, weight=weight, top_k=top_k, threshold=threshold
+    )
+    _write(made, out, writing or Writing())
+
+
+def adapters(
+    *adapters: str,
+    out: Out,
+    weight: str | None = None,
+    rank: int | None = None,
+    overwrite: Annotated[bool, Parameter(negative=())] = False,
+    allow_mismatch: Annotated[bool, Parameter(negative=())] = False,
+    format: Format = "human",
+) -> None:
+    """Combine LoRA adapters into one whose change is exactly the weighted sum of theirs; ranks may differ.
+
+    Parameters
+    ----------
+    adapters
+        Folders of adapters.
+    weight
+        One number an adapter, such as '[0.7, 0.3]', taken as they are; by default 1/n.
+    rank
+        Compress the sum to this rank, and say how much of its energy that keeps.
+    allow_mismatch
+        Combine even adapters that were trained on different models.
+    """
+    from weightsmith.core.low_rank import combine
+
+    _check_free(out, Writing(overwrite=overwrite))
+    shares = _value("weight", weight) if weight is not None else None
+    shares = [float(shares)] * len(adapters) if isinstance(shares, int | float) else shares
+    if shares is not None and not (isinstance(shares, list) and all(isinstance(s, int | float) for s in shares)):
+        raise InputError(f"`--weight` = {weight}: not a list of numbers", hint="--weight '[0.7, 0.3]'")
+    made = combine([_open(path) for path in adapters], weight=shares, rank=rank, allow_mismatch=allow_mismatch)
+    _write_adapter(made, out, None, overwrite, format)
+
+
+app["merge"].command(adapters)
+
+
+def _write_adapter(made: "Weights", out: str, base: "Weights | None", overwrite: bool, format: str) -> None:
+    """Save an adapter in PEFT's format, and say what rank and how much energy each of its weights has."""
+    from weightsmith.core.adapter import forms
+    from weightsmith.core.formats.peft import save_adapter
+    from weightsmith.core.low_rank import energies
+    from weightsmith.core.plan import human
+
+    path, kept = save_adapter(made, out, base=base, overwrite=overwrite), energies(made)
+    rows = [{"weight": name, "rank": form.rank, "energy": kept.get(name, 1.0)} for name, form in forms(made).items()]
+    shown = [(row["weight"], str(row["rank"]), f"{row['energy']:.1%}") for row in rows]
+    data = {"written": str(path), "bytes": made.nbytes, "energy": kept.get("*"), "weights": rows}
+    _table(("weight", "rank", "energy kept"), shown, format, data, named=True)
+    whole = f"; {kept['*']:.1%} of the energy of all that changed" if "*" in kept else ""
+    if format == "human":
+        print(f"{path}: {len(rows)} weights, {human(made.nbytes)}{whole}", file=sys.stderr)
+
+
+@app.command
+def plan(recipe: str, *, out: Out = None, format: Format = "human") -> None:
     """Show what a recipe would do, without reading a tensor.
 
     Parameters
     ----------
     recipe
-        YAML file.
+        YAML file, ours or mergekit's.
     """
     from weightsmith.core.pipeline import Pipeline
     from weightsmith.core.recipe import load
 
-    _show_plan(Pipeline(load(recipe)).plan(), format, f"not run; `weightsmith run {recipe}` does it")
+    _show_plan(Pipeline(load(recipe, out=out)).plan(), format, f"not run; `weightsmith run {recipe}` does it")
 
 
 @app.command
 def run(
     recipe: str,
     *,
+    out: Out = None,
     overwrite: Annotated[bool, Parameter(negative=())] = False,
     resume: bool = True,
     digest: bool = True,
     jobs: Annotated[int | None, Parameter(name=["--jobs", "-j"])] = None,
+    device: Device = "cpu",
     format: Format = "human",
     quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], negative=())] = False,
     progress: bool = True,
@@ -244,16 +447,16 @@ def run(
     Parameters
     ----------
     recipe
-        YAML file.
+        YAML file, ours or mergekit's.
     """
     from weightsmith.core.pipeline import Pipeline
     from weightsmith.core.recipe import load
 
-    pipeline = Pipeline(load(recipe))
+    pipeline = Pipeline(load(recipe, out=out))
     planned = pipeline.plan()
     if not quiet:
         _show_plan(planned, "human", None, file=sys.stderr)
-    with _bar(progress and not quiet, planned.nbytes) as moved:
+    with on_device(device), _bar(progress and not quiet, planned.nbytes) as moved:
         result = pipeline.run(
             overwrite=overwrite, resume=resume, digest=digest, jobs=jobs, progress=moved, say=_say(quiet)
         )
@@ -265,25 +468,89 @@ def run(
 
 
 @app.command
+def search(
+    recipe: str,
+    *,
+    budget: int | None = None,
+    sampler: Literal["tpe", "cma-es", "evolution", "greedy", "random"] | None = None,
+    seed: int | None = None,
+    minimize: Annotated[list[str] | None, Parameter(negative=())] = None,
+    maximize: Annotated[list[str] | None, Parameter(negative=())] = None,
+    out: Annotated[str | None, Parameter(name=["--out", "-o"])] = None,
+    format: Format = "human",
+    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"], negative=())] = False,
+) -> None:
+    """Search the numbers of a recipe; the same command goes on after an interruption, or with a larger budget.
+
+    Parameters
+    ----------
+    recipe
+        YAML file with a `search` section.
+    budget
+        Candidates in all.
+    sampler
+        How the next candidate is chosen.
+    seed
+        The same seed tries the same candidates.
+    minimize
+        Measure of the recipe that is to be small, or bytes; may be given again.
+    maximize
+        Measure that is to be large.
+    out
+        Folder for the log, the best recipe and the report.
+    """
+    from weightsmith.core.search import search_recipe
+
+    say = _say(quiet)
+    found = search_recipe(
+        recipe, out=out, budget=budget, sampler=sampler, seed=seed, minimize=minimize, maximize=maximize,
+        progress=lambda done, total, told: say(f"{done} of {total}  {_clean(told)}"),
+    )  # fmt: skip
+    front = [(str(c["place"]), *(f"{v:.4g}" for v in c["scores"].values()),
+              *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in c["numbers"].values()))
+             for c in found["front"]]  # fmt: skip
+    _table(("candidate", *found["scores"], *found["numbers"]), front, format, found, named=True)
+    for name in ("recipe", "log", "report"):
+        say(f"{name}: {_clean(found[name])}")
+
+
+@app.command
 def convert(checkpoint: str, out: str, *, writing: Writing | None = None) -> None:
-    """Convert a checkpoint to safetensors that transformers loads.
+    """Convert a checkpoint to safetensors that transformers loads, or a recipe of mergekit's to one of ours.
 
     Parameters
     ----------
     checkpoint
-        File, folder or hub id: safetensors, PyTorch, GGUF.
+        File, folder or hub id: safetensors, PyTorch, GGUF; or a YAML file.
     out
-        Folder, or file ending in .safetensors.
+        Folder, or file ending in .safetensors; for a recipe, a YAML file; with --dry-run it is printed.
     """
     writing = writing or Writing()
+    if checkpoint.endswith((".yaml", ".yml")):
+        _convert_recipe(checkpoint, out, writing)
+        return
     weights = _open(checkpoint, writing.allow_pickle)
     if writing.where != "*" or writing.exclude:
         weights = weights.select(writing.where, tuple(writing.exclude))
     _write(weights, out, writing)
 
 
+def _convert_recipe(recipe: str, out: str, writing: Writing) -> None:
+    from weightsmith.dialects import convert as convert_recipe
+
+    text = convert_recipe(recipe)
+    if writing.dry_run:
+        print(text, end="")
+        return
+    _check_free(out, writing)
+    Path(out).expanduser().write_text(text, "utf-8")
+    print(out)
+
+
 @app.command(name="eval")
-def evaluate(checkpoint: str, *, on: str, samples: int = 16, length: int = 512, format: Format = "human") -> None:
+def evaluate(
+    checkpoint: str, *, on: str, samples: int = 16, length: int = 512, device: Device = "cpu", format: Format = "human"
+) -> None:
     """Measure a language model's perplexity on text.
 
     Parameters
@@ -299,7 +566,8 @@ def evaluate(checkpoint: str, *, on: str, samples: int = 16, length: int = 512, 
     """
     from weightsmith.core.pipeline import perplexity_on
 
-    value = perplexity_on(_open(checkpoint), on, samples=samples, length=length)
+    with on_device(device):
+        value = perplexity_on(_open(checkpoint), on, samples=samples, length=length)
     data = {"checkpoint": checkpoint, "text": on, "samples": samples, "length": length, "perplexity": value}
     _table(("checkpoint", "text", "perplexity"), [(checkpoint, on, f"{value:.3f}")], format, data)
 
@@ -375,7 +643,7 @@ def new(family: str, name: str, *, root: str = ".") -> None:
 
 
 TEXTS = {
-    "calibrate": "Text to measure statistics on",
+    "calibrate": "Text to measure statistics or to learn on",
     "evaluate": "Held-out text for methods that choose by score",
     "on": "Text to measure on",
 }
@@ -386,7 +654,7 @@ def _texts(card: dict[str, Any]) -> list[str]:
     """Which of `TEXTS` a method takes."""
     needs = card["needs"]
     return [
-        *(["calibrate"] if set(STATISTICS) & set(needs) and card["kind"] != "measure" else []),
+        *(["calibrate"] if {*STATISTICS, "loss"} & set(needs) and card["kind"] != "measure" else []),
         *(["evaluate"] if "evaluate" in needs else []),
         *(["on"] if card["kind"] == "measure" and card["unit"] == "model" else []),
     ]
@@ -398,14 +666,24 @@ def _method_command(card: dict[str, Any]) -> Callable[..., None]:
 
     def command(*args: Any, **flags: Any) -> None:
         common, base = flags.pop("common", None) or flags_of(), flags.pop("base", None)
-        data = vars(flags.pop("data", None) or Data()) | {name: flags.pop(name, None) for name in (*TEXTS, "out")}
-        values = {name: _value(name, text) for name, text in flags.items() if text is not None}
+        data = vars(flags.pop("data", None) or Data()) | {
+            name: flags.pop(name, None) for name in (*TEXTS, "out", "tokenizer")
+        }
+        words = {name for name, hyper in card["hyperparameters"].items() if hyper["type"].get("type") == "string"}
+        given = {name: text for name, text in flags.items() if text is not None}
+        values = {
+            name: text if name in words and "{" not in text else _value(name, text) for name, text in given.items()
+        }
         if not args:
             hint = f"weightsmith {card['family']} {card['name']} MODEL" + (" -o OUT" if flags_of is Applying else "")
             raise InputError("no checkpoint given", where=card["id"], hint=hint)
+        tokenizer = flags_of is Applying and data.pop("tokenizer", None)
         models = [_open(path, common.allow_pickle) for path in args]
         origin = _open(base, common.allow_pickle) if base else None
-        (_measure if card["kind"] == "measure" else _apply)(card, models, origin, common, data, values)
+        if tokenizer:
+            models, origin = _on_one_vocabulary(dict(zip(args, models, strict=True)), base, origin, tokenizer)
+        with on_device(common.device):
+            (_measure if card["kind"] == "measure" else _apply)(card, models, origin, common, data, values)
 
     keyword, several = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_POSITIONAL
     many = card["unit"] in ("ws", "models")
@@ -417,6 +695,9 @@ def _method_command(card: dict[str, Any]) -> Callable[..., None]:
         options["out"] = Annotated[str | None, Parameter(name=["--out", "-o"], help=told)]
     if "base" in card["needs"]:
         options["base"] = Annotated[str | None, Parameter(help="The model the others were trained from.")]
+    if many and flags_of is Applying:
+        told = "The vocabulary of the result, when those of the models differ: union, base, or one of the models."
+        options["tokenizer"] = Annotated[str | None, Parameter(help=told)]
     for name in _texts(card):
         told = f"{TEXTS[name]}: a file, or documentation or source_code, which come with Python."
         options[name] = Annotated[str | None, Parameter(help=told)]
@@ -438,6 +719,15 @@ def _method_command(card: dict[str, Any]) -> Callable[..., None]:
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__doc__ = f"{card['summary']}\n\n{card['title']}"
     return command
+
+
+def _on_one_vocabulary(
+    models: "dict[str, Weights]", base: str | None, origin: "Weights | None", tokenizer: str
+) -> "tuple[list[Weights], Weights | None]":
+    from weightsmith.core.vocabulary import unify
+
+    made = unify(models | ({base: origin} if base and origin else {}), tokenizer, base=base)
+    return [made[path] for path in models], made[base] if base else None
 
 
 def _measure(
@@ -463,6 +753,12 @@ def _apply(
     if out is None and not applying.dry_run:
         raise InputError("no output given", where=card["id"], hint="add `-o OUT`, or `--dry-run` to see the plan")
     _check_free(out, applying)
+    several = card["unit"] in ("ws", "models") and card["family"] != "align"
+    if several and len(models) == 1 and "base" not in card["needs"]:
+        raise InputError("one model given, a merge takes several", where=card["id"],
+                         hint=f"weightsmith {card['family']} {card['name']} A B -o OUT")  # fmt: skip
+    if several and not (applying.dry_run or applying.quiet):
+        _warn_of_strangers(models, base)
     weights = apply_method(
         card["id"], models, base=base, where=applying.where, exclude=tuple(applying.exclude), seed=applying.seed,
         allow_mismatch=applying.allow_mismatch, allow_nonfinite=applying.allow_nonfinite, calibrate=data["calibrate"],
@@ -470,6 +766,13 @@ def _apply(
         progress=_steps(card["name"], applying.noisy), values=values,
     )  # fmt: skip
     _write(weights, out, applying, {"method": card["id"], **values})
+
+
+def _warn_of_strangers(models: "list[Weights]", base: "Weights | None") -> None:
+    from weightsmith.core.advise import strangers
+
+    if told := strangers(models, base):
+        print(f"warning: {_clean(told)}", file=sys.stderr)
 
 
 def _check_free(out: str | None, writing: Writing) -> None:
@@ -540,7 +843,10 @@ def _show_plan(planned: Any, format: str, ending: str | None, file: Any = None) 
 
 
 def _shown(value: Any) -> str:
-    """A setting as a flag takes it."""
+    """A setting as a flag takes it; of a map with a value for each tensor, only the first."""
+    if isinstance(value, dict) and len(value) > 8:
+        first = json.dumps(dict([next(iter(value.items()))]), default=str)
+        return f"{first[:-1]}, ... {len(value)} in all}}"
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
@@ -629,18 +935,6 @@ def _open(path: str, allow_pickle: bool = False) -> "Weights":
     return open_weights(path, allow_pickle=allow_pickle)
 
 
-def _indexed(method: str) -> dict[str, Any]:
-    found = [card for key, card in index().items() if method in (key, card["name"])]
-    if not found:
-        names = index() if "." in method else {card["name"] for card in index().values()}
-        raise MethodError(
-            f"unknown method `{method}`", hint=nearest(method, names, what="see `weightsmith ls`; there are")
-        )
-    if len(found) > 1:
-        raise MethodError(f"several methods are called `{method}`", hint=" or ".join(f"`{c['id']}`" for c in found))
-    return found[0]
-
-
 def _doc(card: dict[str, Any]) -> str:
     """A method's docstring, read from its file without importing it."""
     import ast
@@ -719,7 +1013,8 @@ def _add_methods(words: list[str]) -> None:
     family = words[0]
     cards = {card["name"]: card for card in index().values() if card["family"] == family and card["unit"] != "model"}
     cards |= {card["name"]: card for card in index().values() if card["family"] == family == "measure"}
-    if len(words) > 1 and not words[1].startswith("-") and words[1] not in cards:
+    cards |= {other: card for card in cards.values() for other in card["aka"]}
+    if len(words) > 1 and not words[1].startswith("-") and words[1] not in {*cards, *app[family]}:
         elsewhere = [card for card in index().values() if words[1] == card["name"]]
         if elsewhere and elsewhere[0]["unit"] == "model":
             said, hint = f"`{elsewhere[0]['id']}` works on a live module", f"see `weightsmith show {words[1]}`"

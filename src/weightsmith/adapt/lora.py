@@ -51,6 +51,13 @@ class lora:
     def decode(self, w: Float[Tensor, "out in"], a: Tensor, b: Tensor) -> Float[Tensor, "out in"]:
         return torch.addmm(w, b, a, alpha=self.alpha / self.rank)
 
+    def factors(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return self.alpha / self.rank * b, a
+
+    @classmethod
+    def of_factors(cls, left: Tensor, right: Tensor) -> "tuple[lora, dict[str, Tensor]]":
+        return cls(rank=len(right), alpha=float(len(right))), {"a": right, "b": left}
+
     def linear(self, x: Float[Tensor, "... in"], w: Float[Tensor, "out in"], a: Tensor, b: Tensor) -> Tensor:
         y, h = functional.linear(x, w), functional.linear(x, a)
         rows = y.reshape(-1, y.shape[-1])

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 KEY = "weightsmith.adapter"
 """Name of the description in an adapter's metadata."""
 
+BASE = "weightsmith.base"
+"""Name of what the metadata tell of the model it was trained on: its path, and the hashes of its files."""
+
 
 def described(forms: Mapping[str, Any], *, seed: int = 0, modules: Mapping[str, list[Any]] | None = None) -> Origin:
     """The origin of an adapter: what made it, as plain data in the metadata.

@@ -7,9 +7,12 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from weightsmith.core import device
+from weightsmith.core.adapter import KEY
 from weightsmith.core.errors import InputError, MethodError, MismatchError, NonFiniteError, nearest
 from weightsmith.core.method import NEEDS, STATISTICS, Card, Streamed, card, fast_path
-from weightsmith.core.weights import TILE, Origin, Spec, View, Weights, agree, any_match, matches
+from weightsmith.core.vocabulary import check as check_vocabularies
+from weightsmith.core.weights import TILE, Origin, Overlaid, Spec, View, Weights, agree, any_match, matches
 
 if TYPE_CHECKING:
     import torch
@@ -24,23 +27,33 @@ def generator(seed: int, *keys: object) -> "torch.Generator":
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def resolve(value: Any, spec: Spec, *, several: bool = False, whole: bool = False) -> Any:
+def resolve(value: Any, spec: Spec, *, several: bool = False, whole: bool = False, done: float | None = None) -> Any:
     """A hyperparameter's value for one tensor.
 
     Args:
         value: the value itself; a list of values, interpolated over the depth of the network; or a map from globs
             over names and roles to such values: an exact name counts first, then the first glob that matches.
-        several: the value is itself a list of numbers, one a model, and only a list of lists runs over depth.
+        several: the value is itself a list, one entry a model: numbers, or with a map among them any such values. Only
+            a list of lists runs over depth.
         whole: the value is a whole number: between two of a list, the nearest.
+        done: share of training done, 0 to 1, at which schedules, functions of it, are taken.
 
     Raises:
-        MethodError: no glob of a map matches.
+        MethodError: no glob of a map matches, or a schedule where nothing trains.
     """
+    if callable(value):
+        if done is None:
+            raise MethodError(f"{value} is a schedule, and nothing trains here", where=spec.name, hint="give a number")
+        return resolve(value(done), spec, several=several, whole=whole)
     if isinstance(value, Mapping):
         for glob, inner in ((spec.name, value[spec.name]),) if spec.name in value else value.items():
             if matches(spec, glob) or glob == spec.name:
-                return resolve(inner, spec, several=several, whole=whole)
+                return resolve(inner, spec, several=several, whole=whole, done=done)
         raise MethodError(f"no glob matches: {', '.join(value)}", where=spec.name, hint='add a default: {"*": ...}')
+    if several and isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
+        return [resolve(v, spec, whole=whole, done=done) for v in value]
+    if isinstance(value, list) and any(map(callable, value)):
+        value = [v(done) if callable(v) and done is not None else v for v in value]
     if isinstance(value, list) and value and all(isinstance(v, list if several else int | float) for v in value):
         place = spec.depth * (len(value) - 1)
         left = max(0, min(int(place), len(value) - 2))
@@ -62,6 +75,9 @@ def apply(
     base: Weights | None = None,
     stats: Mapping[str, Weights] | None = None,
     evaluate: Callable[[Weights], float] | None = None,
+    loss: "Callable[[Mapping[str, Tensor]], Tensor] | None" = None,
+    channels: Any = None,
+    batch: Any = None,
     where: str = "*",
     exclude: str | tuple[str, ...] = (),
     seed: int = 0,
@@ -80,6 +96,10 @@ def apply(
         base: the model the others were trained from.
         stats: statistics by name (`act_norm`, `gram`, `grad`, `fisher`), each keyed by weight tensor.
         evaluate: for methods that choose: a function from Weights to a score, higher being better.
+        loss: for methods that learn: a differentiable function from tensors by name to a number.
+        channels: for methods that align: the dimensions that are permuted together, from `core.arch.channels.trace`;
+            by default the hidden units of MLPs that are known by their names.
+        batch: for methods that run the network: its inputs.
         where: globs over names and roles of the tensors to work on, joined by `|`.
         exclude: globs of tensors to leave alone.
         seed: for methods that draw random numbers.
@@ -102,21 +122,62 @@ def apply(
         raise InputError("no model given", where=about.id)
     if about.unit in ("w", "spec") and len(models) > 1:
         raise InputError(f"{len(models)} models given where one is taken", where=about.id)
-    check_needs(about, base, stats, evaluate)
+    if "channels" in about.needs and channels is None:
+        from weightsmith.core.arch.channels import from_roles
+
+        channels = from_roles(models[0])
+    given = {"base": base, "evaluate": evaluate, "loss": loss, "channels": channels, "batch": batch}
+    check_needs(about, stats, given)
+    if about.unit in ("ws", "models") and (adapter := next((m for m in models if KEY in m.origin.metadata), None)):
+        said = "it is an adapter: merging its factors one by one would not merge the changes they make"
+        hint = "combine adapters: `weightsmith merge adapters`; or bake each into its base: BASE+ADAPTER"
+        raise MismatchError(said, where=adapter.origin.path or about.id, hint=hint)
+    if about.unit in ("ws", "models") and not allow_mismatch:
+        check_vocabularies([*models, *([base] if base is not None else [])])
     if about.unit == "models":
-        extra = {"evaluate": evaluate} if "evaluate" in about.needs else {}
-        return about.function(list(models), **extra, **about.validate(hyperparameters))
+        whole = [need for need in ("evaluate", "loss", "channels", "batch") if need in about.needs]
+        part = _part(models, base, where, exclude, allow_mismatch)
+        if (whole and part is not None) or allow_nonfinite:
+            flag = "allow_nonfinite" if allow_nonfinite else "where, exclude or allow_mismatch"
+            raise MethodError(f"it works on whole models, without {flag}", where=about.id, hint="leave it out")
+        views = [m if part is None else View(m, {name: name for name in part}) for m in models]
+        origin = base if base is None or part is None else View(base, {name: name for name in part})
+        given |= {"rng": generator(seed, about.id), "base": origin}
+        needed = {need: given[need] for need in about.needs if given.get(need) is not None}
+        made = about.function(views, **needed, **about.validate(hyperparameters))
+        made = Composed(made, about, hyperparameters) if isinstance(made, Applied) else made
+        return made if part is None else Overlaid(base if base is not None else models[0], made)
     return Applied(about, models, base, stats, where, exclude, seed, hyperparameters, allow_mismatch, allow_nonfinite)
 
 
-def check_needs(about: Card, base: Weights | None, stats: Mapping[str, Weights], evaluate: object) -> None:
+def _part(
+    models: Sequence[Weights], base: Weights | None, where: str, exclude: str | tuple[str, ...], allow_mismatch: bool
+) -> list[str] | None:
+    """The tensors to work on, where they are not all there are.
+
+    Raises:
+        MismatchError: there are none.
+    """
+    if where == "*" and not exclude and not allow_mismatch:
+        return None
+    trunk = base if base is not None else models[0]
+    shared = agree([m for m in (trunk, *models) if m is not None], allow_mismatch=allow_mismatch)
+    chosen = [n for n in shared if matches(trunk.spec(n), where) and not any_match(trunk.spec(n), exclude)]
+    if not chosen:
+        raise MismatchError(f"no tensor to work on: `{where}` does not match", hint=nearest(where, trunk))
+    return None if all(len(m) == len(chosen) for m in (trunk, *models)) else chosen
+
+
+def check_needs(about: Card, stats: Mapping[str, Weights], given: Mapping[str, object]) -> None:
     """Raise MethodError unless all that a method asks for is there, and no statistic it has no use for."""
-    given = {"base": base, "evaluate": evaluate, "rng": True, **stats}
+    given = {**given, "rng": True, **stats}
     for need in about.needs:
         if given.get(need) is None and need not in about.optional:
             hint = f"pass {need}=... in Python, `--{need.replace('_', '-')}` in the shell, `{need}:` in a recipe"
             if need in STATISTICS:
                 hint = f"measure it on text: `--calibrate TEXT`, or pass stats={{'{need}': ...}}"
+            if need == "loss":
+                hint = "learn on text: `--calibrate TEXT`, or pass loss=..., see `core.objective`"
             raise MethodError(f"it needs `{need}`: {NEEDS[need]}", where=about.id, hint=hint)
     for name in stats:
         if name not in about.needs:
@@ -144,6 +205,7 @@ class Applied(Weights):
         self.id, self.models, self.base, self.stats = about.id, models, base, dict(stats)
         self.where, self.exclude, self.seed, self.hyper = where, exclude, seed, dict(hyper)
         self.allow_nonfinite, self.allow_mismatch = allow_nonfinite, allow_mismatch
+        self.device = device.current()
         self._trunk = base if base is not None and about.unit == "ws" else models[0]
         self.origin: Origin = self._trunk.origin
         others = [m for m in (*models, base) if m is not None and m is not self._trunk]
@@ -244,6 +306,23 @@ class Applied(Weights):
 
         return tuple(self._call(self._arguments(name, meta), self.values(name)).shape)
 
+    def form(self, name: str) -> Any:
+        """The parametrization of one tensor, with its hyperparameters."""
+        return self.card.function(**self.values(name))
+
+    def encode(self, name: str) -> "dict[str, Tensor]":
+        """What a parametrization turns a tensor into before it is decoded again."""
+        theta = self.form(name).encode(*self._lifted(name))
+        return {key: tensor.detach().cpu() for key, tensor in theta.items()}
+
+    def decode(self, name: str, theta: "Mapping[str, Tensor]") -> "Tensor":
+        """The tensor that theta stands for, as `read` gives it."""
+        from weightsmith.core.laws import decode
+
+        spec = self.spec(name)
+        result = decode(self.form(name), self._lifted(name)[0], dict(theta))
+        return self._stored(result, name, spec.torch_dtype).reshape(spec.shape)
+
     def read(self, name: str) -> "Tensor":
         if name in self.untouched:
             return self._trunk.read(name)
@@ -252,14 +331,19 @@ class Applied(Weights):
             import torch
 
             return torch.cat(list(self.tiles(name))).reshape(spec.shape)
-        flat = self.card.matrix_only and len(spec.shape) > 2
+        result = self._call(self._lifted(name), self.values(name))
+        return self._stored(result, name, spec.torch_dtype).reshape(spec.shape)
+
+    def _lifted(self, name: str) -> tuple[Any, ...]:
+        """The method's arguments for a whole tensor, in float32 and checked; matrices where it wants matrices."""
+        shape = self.spec(name).shape
+        flat = self.card.matrix_only and len(shape) > 2
 
         def lifted(weights: Weights) -> "Tensor":
-            tensor = self._checked(_lift(weights.read(name)), name, weights)
-            return tensor.flatten(1) if flat and tensor.shape == spec.shape else tensor
+            tensor = self._checked(self._lift(weights.read(name)), name, weights)
+            return tensor.flatten(1) if flat and tensor.shape == shape else tensor
 
-        result = self._call(self._arguments(name, lifted), self.values(name))
-        return self._stored(result, name, spec.torch_dtype).reshape(spec.shape)
+        return self._arguments(name, lifted)
 
     def tiles(self, name: str) -> Iterator["Tensor"]:
         path = self._streams(self._trunk.spec(name))
@@ -271,26 +355,31 @@ class Applied(Weights):
             values, dtype = self.values(name), self.spec(name).torch_dtype
             state: dict[str, Any] = {}
             if path.tally and path.decide:
-                for _ in range(path.passes):
+                for turn in range(path.passes):
                     counts: Any = 0
-                    for arguments in self._tiled(name):
+                    for arguments in self._tiled(name, check=turn == 0):
                         counts = counts + path.tally(*arguments, **values, **state)
                     count = self._trunk.spec(name).numel
                     state = {"state": path.decide(counts, count, state.get("state"), **values)}
-            for arguments in self._tiled(name):
+            for arguments in self._tiled(name, check=not path.passes):
                 yield self._stored(path.apply(*arguments, **values, **state), name, dtype)
 
     def _streams(self, spec: Spec) -> Streamed | None:
         """The way to work on a tensor tile by tile, if there is one; counts of bits are for float32 arithmetic."""
         path = fast_path(self.card) if self.card.unit != "spec" else None
+        if path and path.given and any(self.values(spec.name)[name] != value for name, value in path.given.items()):
+            return None
         return None if path and path.tally and spec.dtype == "float64" else path
 
-    def _tiled(self, name: str) -> Iterator[tuple[Any, ...]]:
-        """The method's arguments, tile by tile, lifted to float32."""
+    def _tiled(self, name: str, *, check: bool) -> Iterator[tuple[Any, ...]]:
+        """The method's arguments, tile by tile, lifted to float32; looked through for NaN and infinity on request."""
         sources = [*self.models, *((self.base,) if "base" in self.card.needs and self.base is not None else ())]
         for index, tiles in enumerate(zip(*(source.tiles(name) for source in sources), strict=True)):
-            lifted = [self._checked(_lift(t), name, s) for t, s in zip(tiles, sources, strict=True)]
-            yield self._bind(lifted[: len(self.models)], lifted[-1], name, index, lambda need: None)
+            lifted = [self._lift(tile) for tile in tiles]
+            if check:
+                lifted = [self._checked(t, name, s) for t, s in zip(lifted, sources, strict=True)]
+            base = lifted[-1] if len(lifted) > len(self.models) else None
+            yield self._bind(lifted[: len(self.models)], base, name, index, lambda need: None)
 
     def _arguments(self, name: str, get: Callable[[Weights], "Tensor"]) -> tuple[Any, ...]:
         """The method's arguments for a whole tensor."""
@@ -318,8 +407,13 @@ class Applied(Weights):
         form = self.card.function(**values)
         return decode(form, arguments[0], form.encode(*arguments))
 
+    def _lift(self, tensor: "Tensor") -> "Tensor":
+        import torch
+
+        return tensor.to(self.device, tensor.dtype if tensor.dtype == torch.float64 else torch.float32)
+
     def _stored(self, result: "Tensor", name: str, dtype: "torch.dtype") -> "Tensor":
-        stored = result.to(dtype)
+        stored = result.to("cpu", dtype)
         self._checked(result if _wide(dtype) else stored.float(), name, self)
         return stored
 
@@ -338,17 +432,29 @@ class Applied(Weights):
         return tensor
 
 
+class Composed(View):
+    """What a method of whole models made by applying another one: the lineage names both, and so tells the choice.
+
+    Args:
+        made: the other method's result.
+        about: the method's card.
+        hyper: its hyperparameters.
+    """
+
+    def __init__(self, made: Applied, about: Card, hyper: Mapping[str, Any]):
+        super().__init__(made, {name: name for name in made})
+        self.id, self.paper, self.hyper = about.id, about.paper, dict(hyper)
+
+    def lineage(self, identify: Callable[[str], Any]) -> dict[str, Any]:
+        settings = {"with": self.hyper} if self.hyper else {}
+        return {"method": self.id, "paper": self.paper, **settings, "from": [self.source.lineage(identify)]}
+
+
 def _wide(dtype: "torch.dtype") -> bool:
     """Whether a dtype has float32's range, so that storing cannot overflow."""
     import torch
 
     return torch.finfo(dtype).max >= torch.finfo(torch.bfloat16).max
-
-
-def _lift(tensor: "Tensor") -> "Tensor":
-    import torch
-
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _frozen(value: Any) -> Any:
@@ -382,4 +488,4 @@ def _keeps_shape(method: str) -> bool:
     )
 
 
-__all__ = ["TILE", "Applied", "apply", "generator", "resolve"]
+__all__ = ["TILE", "Applied", "Composed", "apply", "generator", "resolve"]

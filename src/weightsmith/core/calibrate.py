@@ -17,10 +17,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from weightsmith.core import arch
+from weightsmith.core import arch, device
 from weightsmith.core.apply import Applied, apply
 from weightsmith.core.errors import InputError, MethodError, MismatchError, first_few, nearest
+from weightsmith.core.formats.packed import Encoded
 from weightsmith.core.formats.safetensors import content_hash
 from weightsmith.core.method import STATISTICS, card
 from weightsmith.core.parametrization import Parametrization
@@ -74,7 +76,7 @@ def statistics(
     for need in needs:
         if need not in STATISTICS:
             raise InputError(f"no statistic called `{need}`", hint=nearest(need, STATISTICS))
-    batches = _listed(batches)
+    batches = _listed(batches, model)
     found: dict[str, dict[str, Tensor]] = {}
     of_inputs = [need for need in needs if need in ("act_norm", "gram")]
     if of_inputs:
@@ -126,7 +128,7 @@ def sequential(
     Raises:
         InputError: no data, nothing to change, or a statistic that takes gradients.
     """
-    _change(model, _listed(batches), _targets(model, where), change, needs, precision, progress)
+    _change(model, _listed(batches, model), _targets(model, where), change, needs, precision, progress)
 
 
 def apply_sequential(
@@ -163,16 +165,20 @@ def apply_sequential(
         raise MethodError("it works on whole models", where=about.id, hint="use `apply`")
     targets = {name: module for name, module in layers.items() if name not in view.untouched}
     made: dict[str, Tensor] = {}
+    thetas: dict[str, dict[str, Tensor]] = {}
 
     def change(name: str, weight: Tensor, measured: Mapping[str, Tensor]) -> Tensor:
         for need, stat in now.items():
             stat.put(name, measured[need])
-        made[name] = view.read(name)
+        if about.kind == "parametrization":
+            thetas[name] = view.encode(name)
+        made[name] = view.decode(name, thetas[name]) if name in thetas else view.read(name)
         return made[name]
 
-    _change(model, _listed(batches), targets, change, tuple(now), precision, progress)
+    _change(model, _listed(batches, model), targets, change, tuple(now), precision, progress)
     dtypes = {name: weights.spec(name).torch_dtype for name in made}
-    return Memory({n: made[n].to(dtypes[n]) if n in made else weights.read(n) for n in weights}, weights.origin)
+    tensors = {n: made[n].to(dtypes[n]) if n in made else weights.read(n) for n in weights}
+    return Encoded(tensors, weights.origin, {n: view.form(n) for n in thetas}, thetas)
 
 
 def encode_sequential(
@@ -206,7 +212,7 @@ def encode_sequential(
         thetas[name] = form.encode(weight.flatten(1), *(measured[need] for need in needs))
         return form.decode(**thetas[name]).view(weight.shape)
 
-    _change(model, _listed(batches), targets, change, needs, precision, progress)
+    _change(model, _listed(batches, model), targets, change, needs, precision, progress)
     return thetas
 
 
@@ -247,7 +253,7 @@ def cached_statistics(
 
 
 def live(weights: Weights, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The transformers model that a checkpoint belongs to, in evaluation mode, its tensors used without a copy.
+    """The transformers model that a checkpoint belongs to, in evaluation mode; its tensors are copied only to a device.
 
     Args:
         weights: a checkpoint whose origin holds the model's config.
@@ -302,7 +308,7 @@ def live(weights: Weights, dtype: torch.dtype = torch.float32) -> nn.Module:
             where=where,
             hint="see `weightsmith inspect`; is config.json this checkpoint's own?",
         )
-    return model.eval()
+    return model.eval().to(device.current())
 
 
 @contextmanager
@@ -343,11 +349,13 @@ def _logits(output: Any) -> Tensor:
     return getattr(output, "logits", output)
 
 
-def _listed(batches: Iterable[Batch]) -> list[Batch]:
+def _listed(batches: Iterable[Batch], model: nn.Module | None = None) -> list[Batch]:
+    """The batches as a list, on the model's device."""
     listed: list[Batch] = [batches] if isinstance(batches, Tensor | Mapping) else list(batches)
     if not listed:
         raise InputError("no calibration data", hint="give at least one batch")
-    return listed
+    there = next((p.device for p in model.parameters()), None) if model else None
+    return tree_map(lambda x: x.to(there) if there and isinstance(x, Tensor) else x, listed)
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
@@ -371,8 +379,9 @@ def _targets(model: nn.Module, where: str = "*") -> dict[str, Layer]:
 
 
 def _forward(model: nn.Module, batch: Batch, precision: Precision) -> None:
-    device = next(model.parameters()).device.type
-    half = torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
+    half = torch.autocast(
+        next(model.parameters()).device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False
+    )
     with torch.no_grad(), _evaluating(model), half:
         if isinstance(batch, Tensor):
             model(batch)

@@ -24,6 +24,7 @@ def entry(card: Card) -> dict[str, Any]:
     return {
         "id": card.id,
         "name": card.name,
+        "aka": list(card.aka),
         "family": card.family,
         "kind": card.kind,
         "title": card.title,
@@ -79,7 +80,7 @@ def recipe_schema(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     schema = Recipe.model_json_schema(by_alias=True)
     step = schema["$defs"]["Step"]
     short = [e["name"] for e in entries.values()]
-    names = {id: [id, *([e["name"]] if short.count(e["name"]) == 1 else [])] for id, e in entries.items()}
+    names = {id: [id, *([e["name"]] if short.count(e["name"]) == 1 else []), *e["aka"]] for id, e in entries.items()}
     step["properties"]["use"] = {
         "description": "`family.method`",
         "enum": sorted(name for both in names.values() for name in both),
@@ -96,12 +97,18 @@ def recipe_schema(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _resolvable(hyper: Mapping[str, Any]) -> dict[str, Any]:
-    """A hyperparameter as a recipe may give it: a value, a list of numbers over depth, or globs -> either."""
+    """A hyperparameter as a recipe may give it: a value, a list of numbers over depth, or globs -> either, once nested.
+
+    Where it may be one value a model, a list of them may hold such maps too.
+    """
     value = hyper["type"]
     numbers = [t for t in value.get("anyOf", [value]) if t.get("type") in ("number", "integer")]
     either = [value, *({"type": "array", "items": t, "minItems": 1} for t in numbers)]
-    by_glob = {"type": "object", "minProperties": 1, "additionalProperties": {"anyOf": either}}
-    return {"anyOf": [*either, by_glob], "default": hyper["default"], "description": hyper["help"]}
+    inner = {"type": "object", "minProperties": 1, "additionalProperties": {"anyOf": either}}
+    by_glob = {"type": "object", "minProperties": 1, "additionalProperties": {"anyOf": [*either, inner]}}
+    several = any(t.get("type") == "array" for t in value.get("anyOf", []))
+    each = [{"type": "array", "items": {"anyOf": [*numbers, inner]}, "minItems": 1}] if several else []
+    return {"anyOf": [*either, *each, by_glob], "default": hyper["default"], "description": hyper["help"]}
 
 
 def generate() -> dict[Path, str]:

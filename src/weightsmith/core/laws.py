@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from weightsmith.core.weights import Weights
+
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -30,9 +32,14 @@ class Case:
     seed: int = 0
 
     def run(self) -> Any:
-        """What the method returns, given a copy of a live module; a parametrization's decoded weight at the start."""
+        """What the method returns, given a copy of a live module; a parametrization's decoded weight at the start.
+
+        For an optimizer, the parameters after some steps on a quadratic.
+        """
         if "rng" in self.inputs:
             self.inputs["rng"].manual_seed(self.seed)
+        if "params" in self.inputs:
+            return descent(self.function, self.inputs["params"], self.hyper, steps=5)[0]
         if isinstance(self.function, type):
             form = self.function(**self.hyper)
             theta = form.encode(**self.inputs)
@@ -55,6 +62,38 @@ def decode(form: Any, w: Tensor, theta: Mapping[str, Tensor]) -> Tensor:
     return form.decode(w, **theta) if keeps else form.decode(**theta)
 
 
+def descent(
+    make: Callable[..., Any], start: list[Tensor], hyper: Mapping[str, Any], *, steps: int, resume_at: int = 0
+) -> tuple[list[Tensor], float]:
+    """An optimizer on a quadratic of uneven curvature with its minimum at zero: the parameters, and what the loss is.
+
+    Args:
+        make: the optimizer's class.
+        start: the parameters to start from, left alone.
+        hyper: its hyperparameters.
+        steps: how many.
+        resume_at: if not 0, go on from there with a new optimizer that has loaded the state of the first.
+    """
+    import torch
+
+    params = [torch.nn.Parameter(t.detach().clone()) for t in start]
+    curvature = [torch.linspace(0.1, 1, p.numel(), dtype=p.dtype, device=p.device).view(p.shape) for p in params]
+
+    def loss() -> Tensor:
+        return torch.stack([(c * p.square()).sum() for c, p in zip(curvature, params, strict=True)]).sum() / 2
+
+    found = make(params, **hyper)
+    for step in range(steps):
+        if resume_at and step == resume_at:
+            state = deepcopy(found.state_dict())
+            found = make(params, **hyper)
+            found.load_state_dict(state)
+        found.zero_grad()
+        loss().backward()
+        found.step()
+    return [p.detach() for p in params], float(loss().detach())
+
+
 @dataclass(frozen=True)
 class Law:
     """A named promise; `check` raises AssertionError when a case breaks it."""
@@ -72,10 +111,14 @@ class Law:
         return self.name
 
 
-def same(a: Tensor, b: Tensor, says: str) -> None:
-    """Assert that two tensors agree to float32 rounding."""
+def same(a: Tensor | Weights, b: Tensor | Weights, says: str) -> None:
+    """Assert that two tensors, or all tensors of two Weights, agree to float32 rounding."""
     import torch
 
+    if isinstance(a, Weights) and isinstance(b, Weights):
+        for name in b:
+            same(a.read(name), b.read(name), f"`{name}` {says}")
+        return
     torch.testing.assert_close(a, b, **TOLERANCE, check_dtype=False, msg=lambda m: f"{says}: {m}")
 
 
@@ -156,6 +199,34 @@ def between(unit: str = "ws") -> Law:
     return Law(f"between({unit})", "stays between the inputs", check)
 
 
+def mean_length(unit: str = "models") -> Law:
+    """The change of the base is as long as the models' changes are on average, over all tensors together."""
+
+    def check(case: Case) -> None:
+        import math
+
+        def length(weights: Weights) -> float:
+            base = case.inputs["base"]
+            return math.sqrt(sum(float((weights.read(n) - base.read(n)).double().square().sum()) for n in base))
+
+        lengths = [length(model) for model in case.inputs[unit]]
+        found, mean = length(case.run()), sum(lengths) / len(lengths)
+        assert abs(found - mean) <= 1e-3 * mean, f"the change has length {found:.4g}, the models' {mean:.4g}"
+
+    return Law(f"mean_length({unit})", "changes the base as much as the models do on average", check)
+
+
+def picks(*units: str) -> Law:
+    """Every element is that of one of the inputs."""
+
+    def check(case: Case) -> None:
+        result = case.run()
+        found = sum((result - case.inputs[unit]).abs() < 1e-5 for unit in units) > 0
+        assert bool(found.all()), "an element is none of the inputs'"
+
+    return Law(f"picks({', '.join(units)})", "takes each element from one of the inputs", check)
+
+
 def zeros(sparsity: str = "sparsity") -> Law:
     """The share of zeros is the sparsity asked for, to one element in a row."""
 
@@ -216,16 +287,17 @@ def delta_rank(rank: str = "rank") -> Law:
     return Law(f"delta_rank({rank})", "changes the weight by a matrix of the rank asked for", check)
 
 
-def levels(bits: str = "bits", group_size: str = "group_size") -> Law:
-    """Within a group of inputs a decoded row takes at most 2^bits values."""
+def levels(bits: str = "bits", group_size: str = "group_size", *, count: int | None = None) -> Law:
+    """Within a group of inputs, or in a row, a decoded row takes at most 2^bits values, or `count` of them."""
 
     def check(case: Case) -> None:
         result = case.run()
-        size = case.hyper[group_size] or result.shape[-1]
+        size = case.hyper.get(group_size) or result.shape[-1]
         most = max(len(set(group.tolist())) for row in result for group in row.split(size))
-        assert 1 < most <= 2 ** case.hyper[bits], f"{most} values in a group for {case.hyper[bits]} bits"
+        allowed = count or 2 ** case.hyper[bits]
+        assert 1 < most <= allowed, f"{most} values in a group, {allowed} allowed"
 
-    return Law(f"levels({bits})", "takes at most 2^bits values in a group", check)
+    return Law(f"levels({count or bits})", f"takes at most {count or '2^bits'} values in a group", check)
 
 
 def orthonormal(gain: str = "gain") -> Law:

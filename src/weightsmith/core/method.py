@@ -31,6 +31,7 @@ UNITS = {
     "ws": "the same tensor of several models",
     "models": "several whole checkpoints",
     "model": "a live module",
+    "params": "the parameters to train, as a torch optimizer takes them",
 }
 """What a method works on: the name of its first positional parameter."""
 
@@ -42,7 +43,10 @@ NEEDS = {
     "grad": "mean gradient of the loss, in the tensor's shape",
     "fisher": "mean squared gradient of the loss, in the tensor's shape",
     "threshold": "a number decided over all tensors together",
+    "reference": "the tensor to compare with or to align to",
+    "channels": "which dimensions of which tensors belong together, so that permuting them keeps the function",
     "evaluate": "a function from Weights to a score, higher being better",
+    "loss": "a differentiable function from tensors by name to a number, lower being better",
     "batch": "inputs of the model",
 }
 """What else a method may ask for, by parameter name."""
@@ -72,6 +76,7 @@ class Card:
         paper: arXiv id, DOI or address; when there is none, the reason.
         laws: algebraic promises, tested in milliseconds.
         roles: glob of the roles it works on when the user names no tensors.
+        aka: other names it goes by.
         except_for: conformance checks it cannot pass -> why; passing one after all is an error.
         trains: for a parametrization: `theta` alone, or `all` with the original weight.
     """
@@ -83,6 +88,7 @@ class Card:
     roles: str = "*"
     except_for: Mapping[str, str] = field(default_factory=dict)
     trains: str = "theta"
+    aka: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -149,7 +155,8 @@ class Card:
         """Keyword-only parameters by name; for a parametrization, its dataclass fields."""
         keyword = inspect.Parameter.KEYWORD_ONLY
         wanted = [p for p in self._parameters if self.kind == "parametrization" or p.kind == keyword]
-        hints = typing.get_type_hints(self.function, include_extras=True)
+        typed = self.function.__init__ if self.kind == "optimizer" else self.function
+        hints = typing.get_type_hints(typed, include_extras=True)
         about = _arguments(self.doc)
         return {
             p.name: Hyperparameter(p.name, hints.get(p.name, Any), p.default, about.get(p.name, "")) for p in wanted
@@ -243,12 +250,17 @@ def register(card: Card) -> None:
 
 
 def op(
-    *, paper: str, laws: "Iterable[Law]" = (), roles: str = "*", except_for: Mapping[str, str] | None = None
+    *,
+    paper: str,
+    laws: "Iterable[Law]" = (),
+    roles: str = "*",
+    aka: tuple[str, ...] = (),
+    except_for: Mapping[str, str] | None = None,
 ) -> Callable[[F], F]:
     """Register a function from tensors to a tensor. The decorated function is returned unchanged."""
 
     def decorate(function: F) -> F:
-        register(Card("op", function, paper, tuple(laws), roles, except_for or {}))
+        register(Card("op", function, paper, tuple(laws), roles, except_for or {}, aka=aka))
         return function
 
     return decorate
@@ -264,6 +276,21 @@ def measure(*, paper: str, laws: "Iterable[Law]" = (), except_for: Mapping[str, 
     return decorate
 
 
+def optimizer(
+    *, paper: str, laws: "Iterable[Law]" = (), except_for: Mapping[str, str] | None = None
+) -> Callable[[F], F]:
+    """Register a `torch.optim.Optimizer`, which stays what it is. Its keywords are torch's: `lr`, `betas`, `eps`, ...
+
+    Its keyword-only parameters are the hyperparameters.
+    """
+
+    def decorate(cls: F) -> F:
+        register(Card("optimizer", cls, paper, tuple(laws), "*", except_for or {}))
+        return cls
+
+    return decorate
+
+
 @dataclass(frozen=True)
 class Streamed:
     """A fast path: a whole-tensor op done tile by tile in bounded memory, and tested equal to the definition.
@@ -274,12 +301,14 @@ class Streamed:
             the core adds up over tiles.
         decide: from the counts, the number of elements and the hyperparameters to the next `state`.
         passes: how many times tally and decide take turns.
+        given: the hyperparameters it serves; at others the definition is used.
     """
 
     apply: Callable[..., Any]
     tally: Callable[..., Any] | None = None
     decide: Callable[..., Any] | None = None
     passes: int = 0
+    given: Mapping[str, Any] = field(default_factory=dict)
 
 
 def streamed(op: Callable[..., Any], fast: Streamed) -> None:
@@ -303,7 +332,8 @@ def card(method: "str | Callable[..., Any]") -> Card:
     key = f"{module[-2] if len(module) > 1 else 'local'}.{getattr(target, '__name__', '')}"
     if key not in _CARDS or _CARDS[key].function is not target:
         raise MethodError(
-            f"{method!r} is not a registered method", hint="decorate it with @op, @measure or @parametrization"
+            f"{method!r} is not a registered method",
+            hint="decorate it with @op, @measure, @parametrization, @optimizer",
         )
     return _CARDS[key]
 
@@ -315,30 +345,42 @@ def index() -> dict[str, dict[str, Any]]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
+def find(name: str) -> str:
+    """The `family.name` of the method called so, or called `name` alone when only one family has it.
+
+    Raises:
+        MethodError: no such method, or several.
+    """
+    names = {key: {key.split(".")[-1], *about.get("aka", ())} for key, about in index().items()}
+    names |= {key: {card.name, *card.aka} for key, card in _CARDS.items()}
+    family, _, short = name.rpartition(".")
+    found = [key for key, all_names in names.items() if short in all_names and family in ("", key.split(".")[0])]
+    if not found:
+        choices = set(names) if family else set().union(*names.values())
+        hint = nearest(name, choices, what="see `weightsmith ls`; there are")
+        raise MethodError(f"unknown method `{name}`", hint=hint)
+    if len(found) > 1:
+        hint = f"say {' or '.join(f'`{key}`' for key in found)}"
+        raise MethodError(f"several methods are called `{name}`", hint=hint)
+    return found[0]
+
+
 def get(name: str) -> Card:
     """The card of the method called `family.name`, or `name` alone when only one family has it.
 
     Raises:
         MethodError: no such method, or several.
     """
-    known = {**dict.fromkeys(index()), **dict.fromkeys(_CARDS)}
-    found = [key for key in known if key == name or key.split(".")[-1] == name]
-    if not found:
-        short = {key.split(".")[-1] for key in known} if "." not in name else set(known)
-        raise MethodError(f"unknown method `{name}`", hint=nearest(name, short, what="see `weightsmith ls`; there are"))
-    if len(found) > 1:
-        raise MethodError(
-            f"several methods are called `{name}`", hint=f"say {' or '.join(f'`{key}`' for key in found)}"
-        )
-    if found[0] not in _CARDS:
-        import_module(f"weightsmith.{found[0]}")
-    return _CARDS[found[0]]
+    key = find(name)
+    if key not in _CARDS:
+        import_module(f"weightsmith.{key}")
+    return _CARDS[key]
 
 
 def methods(pattern: str = "*") -> list[Card]:
     """The cards of all methods whose `family.name` or name matches a glob, imported and sorted."""
     for file in sorted(resources.files("weightsmith").iterdir(), key=lambda f: f.name):
-        if file.is_dir() and file.name not in ("core", "lab") and not file.name.startswith(("_", ".")):
+        if file.joinpath("claims").is_dir():
             for module in sorted(file.iterdir(), key=lambda f: f.name):
                 if module.name.endswith(".py") and not module.name.startswith("_"):
                     import_module(f"weightsmith.{file.name}.{module.name[:-3]}")
@@ -356,7 +398,10 @@ class Family(ModuleType):
         except ModuleNotFoundError as error:
             if error.name != f"{self.__name__}.{name}":
                 raise
-            raise AttributeError(f"`{self.__name__}` has no method `{name}`") from None
+            try:
+                return get(f"{self.__name__.split('.')[-1]}.{name}").function
+            except MethodError:
+                raise AttributeError(f"`{self.__name__}` has no method `{name}`") from None
         return self.__dict__[name]
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -145,13 +145,20 @@ def uses(card: Card, example: str = "") -> Iterable[tuple[str, str]]:
     hyper = {n: h.default for n, h in card.hyperparameters.items() if isinstance(h.default, int | float | str)}
     hyper = {n: v for n, v in list(hyper.items())[:2] if v != ""}
     adapts = card.kind == "parametrization" and "w" in signature(card.function.decode).parameters
-    if card.family in COMMANDS and card.unit in ("w", "ws", "models", "spec") and not adapts:
+    typed = "batch" not in card.needs and (card.kind, card.unit) != ("measure", "models")
+    if card.family in COMMANDS and card.unit in ("w", "ws", "models", "spec") and typed and not adapts:
         yield "console", "$ " + _shell(card, hyper)
     if adapts:
         yield "python", _attaching(card, hyper)
+    elif card.kind == "optimizer":
+        yield (
+            "python",
+            f"from weightsmith.{card.family} import {card.name}\n\noptimizer = {card.name}(model.parameters())",
+        )
     elif card.kind != "measure" and card.unit != "model":
         yield "python", _applying(card, hyper)
-        yield "yaml", _recipe(card, hyper)
+        if typed:
+            yield "yaml", _recipe(card, hyper)
 
 
 def _many(card: Card) -> bool:
@@ -165,7 +172,7 @@ def _statistics(card: Card) -> list[str]:
 def _shell(card: Card, hyper: Mapping[str, Any]) -> str:
     words = ["weightsmith", card.family, card.name, *(("A", "B") if _many(card) else ("MODEL",))]
     words += ["--base", "BASE"] if "base" in card.needs else []
-    words += ["--calibrate", "TEXT"] if _statistics(card) else []
+    words += ["--calibrate", "TEXT"] if _statistics(card) or "loss" in card.needs else []
     words += ["--evaluate", "TEXT"] if "evaluate" in card.needs else []
     for name, value in hyper.items():
         words += [] if isinstance(value, bool) else [f"--{name.replace('_', '-')}", str(value)]
@@ -178,6 +185,7 @@ def _applying(card: Card, hyper: Mapping[str, Any]) -> str:
     stats = ", ".join(f'"{n}": ws.open("{n}.safetensors")' for n in _statistics(card))
     given += [f"stats={{{stats}}}"] if stats else []
     given += ["evaluate=score"] if "evaluate" in card.needs else []
+    given += [f"{need}={need}" for need in ("loss", "channels", "batch") if need in card.needs]
     given += _keywords(hyper)
     return f'import weightsmith as ws\n\nresult = ws.apply({", ".join(given)})\nws.save(result, "OUT")'
 
@@ -200,6 +208,6 @@ def _recipe(card: Card, hyper: Mapping[str, Any]) -> str:
     lines += ["    from: [a, b]" if _many(card) else "    from: model"]
     lines += ["    base: base"] if "base" in card.needs else []
     lines += [f"    with: {json.dumps(to_jsonable_python(dict(hyper)))}"] if hyper else []
-    lines += ["    calibrate: {text: docs.txt}"] if _statistics(card) else []
+    lines += ["    calibrate: {text: docs.txt}"] if _statistics(card) or "loss" in card.needs else []
     lines += ["    evaluate: {text: held_out.txt}"] if "evaluate" in card.needs else []
     return "\n".join([*lines, "write: {to: ./out}"])

@@ -6,6 +6,7 @@ linear layer takes the method's fast path and everything else sees the decoded w
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast, dataclass_transform
 
 import torch
@@ -78,6 +79,7 @@ class Adapter(nn.Module):
     def __init__(self, name: str, form: Any, theta: Mapping[str, Tensor], seed: int):
         super().__init__()
         self.name, self.form, self.seed = name, form, seed
+        self.at: Callable[[float], Any] | None = None
         self.traits, self.fast = traits(form), hasattr(form, "linear")
         for key, value in theta.items():
             value = value.detach().clone()
@@ -85,6 +87,11 @@ class Adapter(nn.Module):
                 self.register_parameter(key, nn.Parameter(value))
             else:
                 self.register_buffer(key, value)
+
+    def advance(self, done: float) -> None:
+        """Take scheduled hyperparameters at a share of training done, 0 to 1."""
+        if self.at is not None:
+            self.form = self.at(done)
 
     @property
     def theta(self) -> dict[str, Tensor]:
@@ -180,8 +187,8 @@ def attach(
 ) -> nn.Module:
     """Let a parametrization stand for some of a live model's weights; the same model is returned.
 
-    A method that trains theta alone freezes the rest of the model. Hyperparameters may be lists over depth or
-    `{glob: value}` maps, and theta starts from the same random bits as in `apply`.
+    A method that trains theta alone freezes the rest of the model. Hyperparameters may be lists over depth,
+    `{glob: value}` maps, or schedules that `advance` moves on; theta starts from the same random bits as in `apply`.
 
     Args:
         model: changed in place.
@@ -208,7 +215,11 @@ def attach(
             w if w.dtype == torch.float64 else w.float(),
             *(given[need]() if need in given else _statistic(stats, need, about, name) for need in about.needs),
         )
-    return _install(model, slots, chosen, starts, seed)
+    _install(model, slots, chosen, starts, seed)
+    if any(map(_scheduled, (getattr(form, name) for name in about.hyperparameters))):
+        for name in chosen:
+            _slots(model)[name].adapter.at = partial(_configured, about, form, specs[name])
+    return model
 
 
 def bake(model: nn.Module) -> nn.Module:
@@ -375,9 +386,15 @@ def _refuse_tied(slots: Mapping[str, Slot], chosen: Iterable[str]) -> None:
             raise MethodError(f"one tied parameter has the names {' and '.join(f'`{a}`' for a in aliases)}", hint=hint)
 
 
-def _configured(about: Card, form: Any, spec: Spec) -> Any:
-    """The parametrization with its hyperparameters for one weight."""
-    values = {name: resolve(getattr(form, name), spec) for name in about.hyperparameters}
+def _scheduled(value: Any) -> bool:
+    """Whether a hyperparameter's value changes over training."""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return callable(value) or any(map(_scheduled, inner))
+
+
+def _configured(about: Card, form: Any, spec: Spec, done: float = 0.0) -> Any:
+    """The parametrization with its hyperparameters for one weight, at a share of training done."""
+    values = {name: resolve(getattr(form, name), spec, done=done) for name in about.hyperparameters}
     values = about.validate(values, where=spec.name)
     matrix = (spec.shape[0], spec.numel // spec.shape[0]) if about.matrix_only else spec.shape
     if about.matrix_only and values.get("rank", 0) > min(matrix):

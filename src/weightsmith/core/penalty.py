@@ -19,7 +19,7 @@ class Penalty:
         measure: a differentiable measure of one tensor, or its name; if it asks for `base`, the model as it is now.
         model: the model to be trained.
         base: other weights to compare with.
-        strength: factor on each tensor's measure: a number, a list over depth or a `{glob: value}` map.
+        strength: factor on each tensor's measure: a number, a list over depth, a `{glob: value}` map or a schedule.
         where: globs over names and roles of the parameters, joined by `|`.
         exclude: globs of parameters to leave alone.
         **hyperparameters: of the measure.
@@ -50,9 +50,14 @@ class Penalty:
                 f"`{where}` matches no trainable parameter", hint=nearest(where, trainable, what="there are")
             )
         self.function, self.hyper, self.needs_base = about.function, about.validate(hyperparameters), bool(about.needs)
-        self.strength = {spec.name: float(resolve(strength, spec)) for spec in specs}
+        self._asked, self._specs = strength, specs
+        self.advance(0.0)
         source = base if base is not None else trainable
         self.base = {name: source[name].detach().clone() for name in self.strength} if self.needs_base else {}
+
+    def advance(self, done: float) -> None:
+        """Take a scheduled strength at a share of training done, 0 to 1."""
+        self.strength = {spec.name: float(resolve(self._asked, spec, done=done)) for spec in self._specs}
 
     def __call__(self, model: "nn.Module") -> "Tensor":
         """The sum over the parameters, each times its strength."""

@@ -11,15 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightsmith import __version__
+from weightsmith.core.adapter import bake_into
+from weightsmith.core.advise import strangers
 from weightsmith.core.apply import Applied, apply, check_needs
-from weightsmith.core.errors import InputError, MethodError, nearest
+from weightsmith.core.chat import check as check_template
+from weightsmith.core.chat import with_chat_template
+from weightsmith.core.errors import InputError, MethodError, RecipeError, nearest
 from weightsmith.core.formats import safetensors
+from weightsmith.core.layers import donated, stack
 from weightsmith.core.method import STATISTICS, get
 from weightsmith.core.plan import Plan, staging, step_line
 from weightsmith.core.plan import plan as plan_of
-from weightsmith.core.recipe import Recipe, Step, load
+from weightsmith.core.recipe import Adapter, Model, Recipe, Source, Step, load
 from weightsmith.core.run import Progress, save
 from weightsmith.core.text import TRAIN, check_text, chunks, read_text
+from weightsmith.core.vocabulary import check as check_vocabularies
+from weightsmith.core.vocabulary import unify
 from weightsmith.core.weights import Spec, View, Weights, agree, any_match, matches
 from weightsmith.core.weights import open as open_weights
 
@@ -90,7 +97,9 @@ class Pipeline:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self.models = {name: open_weights(path) for name, path in recipe.models.items()}
+        if recipe.chat_template:
+            check_template(recipe.chat_template)
+        self.models = {name: _opened(about) for name, about in recipe.models.items()}
         for step in recipe.steps:
             for text in (step.calibrate, step.evaluate, step.data):
                 if text:
@@ -101,17 +110,17 @@ class Pipeline:
         results, steps = dict(self.models), []
         current = next(iter(self.models.values()))
         for step in self.recipe.steps:
-            about = get(step.use)
             models, base = self._inputs(step, results, current)
-            if about.kind == "measure":
-                steps.append({"method": about.id, **step.with_})
+            if step.use and get(step.use).kind == "measure":
+                steps.append({"method": get(step.use).id, **step.with_})
                 continue
-            current = apply_method(about.id, models, base=base, dry=True, **_arguments(step))
-            steps.append(step_line(current) if isinstance(current, Applied) else {"method": about.id, **step.with_})
-            if step.as_:
-                results[step.as_] = current
-        planned = plan_of(self._typed(current), shards=self.recipe.write.shards if self.recipe.write else "5GB")
-        return replace(planned, steps=tuple(steps), tasks=planned.tasks if self.recipe.write else ())
+            made = _made(step, models, base, dry=True)
+            steps.append(step_line(made) if isinstance(made, Applied) else _line(step, made))
+            current = results[step.as_ or ""] = _stored(made, step)
+        shards = self.recipe.write.shards if self.recipe.write else "5GB"
+        planned = plan_of(self._finished(current, results), shards=shards)
+        warnings = (*self.recipe.notes, *planned.warnings)
+        return replace(planned, steps=tuple(steps), tasks=planned.tasks if self.recipe.write else (), warnings=warnings)
 
     def run(
         self,
@@ -157,31 +166,34 @@ class Pipeline:
         from weightsmith.core.report import Report
 
         write, shown = self.recipe.write, self.recipe.report
-        report = Report(record, title=f"Recipe: {', '.join(step.use for step in self.recipe.steps)}")
+        report = Report(record, title=f"Recipe: {', '.join(step.title for step in self.recipe.steps)}")
         report.add("run", recipe=self.recipe.resolved(), versions={"weightsmith": __version__})
         results, current = dict(self.models), next(iter(self.models.values()))
         told: dict[str, Any] = {}
         for number, step in enumerate(self.recipe.steps, 1):
-            about, name = get(step.use), step.as_ or f"{number} {step.use}"
-            say(f"step {number} of {len(self.recipe.steps)}: {about.id}")
+            name, method = step.as_ or f"{number} {step.title}", get(step.use).id if step.use else step.title
+            say(f"step {number} of {len(self.recipe.steps)}: {method}")
             models, base = self._inputs(step, results, current)
-            if about.kind == "measure":
+            if step.use and get(step.use).kind == "measure":
                 told |= self._measured(step, name, models, base, report)
                 continue
+            merges = step.use and get(step.use).family == "merge" and get(step.use).unit in ("ws", "models")
+            if merges and (told_apart := strangers(models, base)):
+                say(f"warning: {told_apart}")
+                report.add("note", title=f"{name}: no common ancestor", text=told_apart, level="warning")
             keep = work / str(number) if resume else None
-            current = apply_method(about.id, models, base=base, keep=keep, **_arguments(step))
-            if step.as_:
-                results[step.as_] = current
+            current = results[step.as_ or ""] = _stored(_made(step, models, base, keep=keep), step)
             report.add(
-                "step", name=name, method=about.id, settings=step.with_, inputs=[m.origin.path or "" for m in models]
+                "step", name=name, method=method, settings=step.with_, inputs=[m.origin.path or "" for m in models]
             )
+        current = self._finished(current, results)
         if write:
             path = save(
-                self._typed(current), write.to, shards=write.shards, overwrite=overwrite, resume=resume, digest=digest,
+                current, write.to, shards=write.shards, overwrite=overwrite, resume=resume, digest=digest,
                 jobs=jobs, progress=progress, about={"recipe": self.recipe.resolved()},
             )  # fmt: skip
             told["written"] = str(path)
-            report.add("file", path=str(path), bytes=self._typed(current).nbytes)
+            report.add("file", path=str(path), bytes=current.nbytes)
         if shown:
             told["report"] = str(report.html(shown))
             shutil.copyfile(record, Path(shown).with_suffix(".jsonl"))
@@ -191,7 +203,7 @@ class Pipeline:
     def _measured(
         self, step: Step, name: str, models: list[Weights], base: Weights | None, report: Any
     ) -> dict[str, Any]:
-        about = get(step.use)
+        about = get(step.use or "")
         data = step.data
         text: dict[str, Any] = (
             {"text": data.text, "samples": data.samples, "length": data.length} if data is not None else {}
@@ -210,21 +222,71 @@ class Pipeline:
     def _inputs(
         self, step: Step, results: Mapping[str, Weights], current: Weights
     ) -> tuple[list[Weights], Weights | None]:
-        names = [step.from_] if isinstance(step.from_, str) else step.from_
-        return [results[n] for n in names] if names else [current], results[step.base] if step.base else None
+        sources, origin = step.sources or [Source(model="")], step.origin
+        known = {**results, "": current}
+        if step.tokenizer:
+            names = [source.model for source in (*sources, *([origin] if origin else []))]
+            chosen = {name: known[name] for name in (*step.tokenizer.models, *names)}
+            about = step.tokenizer.model_dump(exclude={"models"})
+            known |= unify(chosen, base=origin.model if origin else None, **about)
+        models = [_part(known[source.model], source, step) for source in sources]
+        return models, _part(known[origin.model], origin, step) if origin else None
 
-    def _typed(self, weights: Weights) -> Weights:
-        return weights.astype(self.recipe.write.dtype) if self.recipe.write and self.recipe.write.dtype else weights
+    def _finished(self, weights: Weights, results: Mapping[str, Weights]) -> Weights:
+        """The last result as it is written."""
+        write, template = self.recipe.write, self.recipe.chat_template
+        if write and write.config_from:
+            weights = donated(weights, results[write.config_from])
+        if template:
+            weights = with_chat_template(weights, template, list(self.models.values()))
+        return weights.astype(write.dtype) if write and write.dtype else weights
 
 
-def run(recipe: str | Path, **options: Any) -> dict[str, Any]:
+def _opened(about: str | Model) -> Weights:
+    """A model of a recipe; its adapter is baked in as it is read."""
+    if isinstance(about, str):
+        return open_weights(about)
+    weights = open_weights(about.path, revision=about.revision)
+    if about.adapter is None:
+        return weights
+    adapter = about.adapter if isinstance(about.adapter, Adapter) else Adapter(path=about.adapter)
+    return bake_into(weights, open_weights(adapter.path, revision=adapter.revision))
+
+
+def _part(weights: Weights, source: Source, step: Step) -> Weights:
+    """What a step takes of a model: some tensors, some layers; in float32 where the result is of another dtype."""
+    if source.where != "*" or source.exclude:
+        weights = weights.select(source.where, tuple(source.exclude))
+    if source.layers:
+        weights = weights.layers(*source.layers)
+    halves = {spec.dtype for spec in map(weights.spec, weights)} & {"float16", "bfloat16"}
+    return weights.astype("float32") if step.dtype and step.use and halves - {step.dtype} else weights
+
+
+def _stored(weights: Weights, step: Step) -> Weights:
+    """A step's result in the dtype the step asks for."""
+    return weights.astype(step.dtype) if step.dtype else weights
+
+
+def _made(step: Step, models: list[Weights], base: Weights | None, **how: Any) -> Weights:
+    """A step's result, before it is cast."""
+    return apply_method(get(step.use).id, models, base=base, **how, **_arguments(step)) if step.use else stack(models)
+
+
+def _line(step: Step, made: Weights) -> dict[str, Any]:
+    """A step of a plan that is no method applied tensor by tensor."""
+    return {"method": get(step.use).id, **step.with_} if step.use else {"method": step.title, "tensors": len(made)}
+
+
+def run(recipe: str | Path, *, out: str | None = None, **options: Any) -> dict[str, Any]:
     """Run a recipe file.
 
     Args:
-        recipe: YAML file.
+        recipe: YAML file, ours or mergekit's.
+        out: where the result goes, instead of where the recipe says.
         **options: as for `Pipeline.run`.
     """
-    return Pipeline(load(recipe)).run(**options)
+    return Pipeline(load(recipe, out=out)).run(**options)
 
 
 def _arguments(step: Step) -> dict[str, Any]:
@@ -236,9 +298,25 @@ def _arguments(step: Step) -> dict[str, Any]:
         "evaluate": step.evaluate.text if step.evaluate else None,
         "sequential": step.calibrate.sequential if step.calibrate else True,
         **({"samples": text.samples, "length": text.length} if text else {}),
-        "values": step.with_, "where": step.where, "exclude": tuple(step.exclude), "seed": step.seed,
+        "values": _values(step), "where": step.where, "exclude": tuple(step.exclude), "seed": step.seed,
         "allow_mismatch": step.allow_mismatch, "allow_nonfinite": step.allow_nonfinite,
     }  # fmt: skip
+
+
+def _values(step: Step) -> dict[str, Any]:
+    """A step's hyperparameters, those of single models gathered: one entry a model, in the models' order."""
+    each = dict.fromkeys(key for source in step.sources for key in source.with_)
+    return {**step.with_, **{key: _each(key, step) for key in each}}
+
+
+def _each(key: str, step: Step) -> list[Any]:
+    """One hyperparameter's values, one a model; a list over depth becomes a map, which a list of numbers is not."""
+    common = step.with_.get(key, get(step.use or "").hyperparameters[key].default)
+    if isinstance(common, list | tuple):
+        raise RecipeError(f"`{key}` is given both for each model and as a list", where=step.title,
+                          hint="give it in one of the two places")  # fmt: skip
+    found = [source.with_.get(key, common) for source in step.sources]
+    return [{"*": value} if isinstance(value, list) else value for value in found]
 
 
 def apply_method(
@@ -261,7 +339,7 @@ def apply_method(
     """`apply`, with statistics measured on text and scores taken on text where the method asks for them.
 
     Args:
-        calibrate: text to measure statistics on: a file or a domain.
+        calibrate: text to measure statistics on, or to learn on: a file or a domain.
         evaluate: held-out text; the score is minus the perplexity.
         samples: chunks of text.
         length: tokens in a chunk.
@@ -277,8 +355,9 @@ def apply_method(
     for text in filter(None, (calibrate, evaluate)):
         check_text(text)
     if dry and about.unit == "models":
-        check_needs(about, base, stats, evaluate)
+        check_needs(about, stats, {"base": base, "evaluate": evaluate, "loss": calibrate})
         about.validate(values)
+        check_vocabularies([*models, *([base] if base is not None else [])])
         agree(list(models))
         return models[0]
     score = None
@@ -287,6 +366,13 @@ def apply_method(
         def score(weights: Weights) -> float:
             return -perplexity_on(weights, evaluate, samples=samples, length=length)
 
+    learned_on = {"calibrate": {"text": calibrate, "samples": samples, "length": length}}
+    if calibrate and "loss" in about.needs:
+        from weightsmith.core.objective import on_text
+
+        text = chunks(models[0], calibrate, samples=samples, length=length, split=TRAIN, spread=True)
+        made = apply(method, models, base=base, stats=stats, loss=on_text(models[0], text), **options, **values)
+        return Made(made, made, learned_on)
     promised = {need: Promised(models[0], need) for need in missing}
     view = apply(method, models, base=base, stats={**stats, **promised}, evaluate=score, **options, **values)
     if dry or calibrate is None or not missing or not isinstance(view, Applied):
@@ -363,6 +449,10 @@ def read_measure(
 
         batch = chunks(models[0], text, samples=samples, length=length)
         return [{about.name: float(about.function(live(models[0]), batch, **checked))}]
+    lacking = [need for need in about.needs if need not in ("base", "rng") and need not in about.optional]
+    if about.unit != "w" or lacking:
+        raise MethodError(f"it cannot be measured on a checkpoint alone: it takes {', '.join(about.positional)}",
+                          where=about.id, hint=f"call it: {about.name}({', '.join(about.positional)})")  # fmt: skip
     if "base" in about.needs and base is None:
         raise MethodError("it needs a base to compare with", where=about.id, hint="add `--base MODEL`")
     if base is not None:

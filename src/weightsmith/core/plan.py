@@ -38,6 +38,10 @@ class Task:
     metadata: dict[str, str] = field(default_factory=dict)
     digest: bool = True
 
+    def header(self) -> tuple[bytes, dict[str, tuple[int, int]]]:
+        """The file's bytes before its data, and each tensor's place: as safetensors, unless the Weights say how."""
+        return getattr(self.weights, "header", safetensors.header)(self.specs, self.metadata)
+
     @property
     def nbytes(self) -> int:
         """Bytes of tensor data."""
@@ -138,6 +142,7 @@ def plan(weights: Weights, *, shards: str | int = "5GB", jobs: int | None = None
     for applied in _applied(weights):
         steps.append(step_line(applied))
         warnings += _about(applied)
+    warnings += getattr(weights, "notes", ())
     workers = min(jobs or os.cpu_count() or 1, len(tasks)) or 1
     work = sum(reads.values()) * len(steps)
     seconds = sum(reads.values()) / READ + sum(s.nbytes for s in kept) / WRITE + work / COMPUTE / workers + 2

@@ -57,7 +57,9 @@ def save(
     progress: Progress | None = None,
     about: dict[str, Any] | None = None,
 ) -> Path:
-    """Write Weights as safetensors that transformers loads: a folder, or one file if `path` ends in `.safetensors`.
+    """Write Weights as safetensors that transformers loads, or as GGUF if `path` ends in `.gguf`.
+
+    A path that ends in `.safetensors` or `.gguf` is one file, any other a folder.
 
     The output appears at `path` only when it is whole. Killed at any moment, the same call goes on where it stopped.
 
@@ -82,7 +84,9 @@ def save(
     out = Path(path).expanduser().absolute()
     if not overwrite and _published(out) is None:
         _check_free(out, path)
-    single = out.suffix == ".safetensors"
+    single = out.suffix in (".safetensors", ".gguf")
+    if out.suffix == ".gguf" or hasattr(weights, "header"):
+        weights, shards = in_gguf(weights, out), "1000TB"
     decided = plan(weights, shards=shards, jobs=jobs, digest=digest)
     tasks = single_file(decided.tasks, out.name) if single else decided.tasks
     before = _identities(weights)
@@ -125,6 +129,15 @@ def save(
             raise InputError("an input changed while it was read", where=out, hint="start afresh with `--no-resume`")
         _publish(model / out.name if single else model, out, decided.digest, overwrite)
     return Path(path)
+
+
+def in_gguf(weights: Weights, out: Path) -> Weights:
+    """The Weights as a GGUF file holds them, which is what the output has to be."""
+    from weightsmith.core.formats.ggml import Ggml
+
+    if out.suffix != ".gguf":
+        raise InputError("GGUF is one file", where=out, hint=f"write to {out}.gguf")
+    return weights if isinstance(weights, Ggml) else Ggml(weights)
 
 
 def run_tasks(
@@ -170,7 +183,7 @@ def write_shard(
         The receipt: file, size, sha256, names.
     """
     started, cpu = time.perf_counter(), time.thread_time()
-    head, offsets = safetensors.header(task.specs, task.metadata)
+    head, offsets = task.header()
     total = len(head) + task.nbytes
     final, part = Path(folder, task.file), Path(folder, task.file + ".part")
     try:
@@ -299,7 +312,7 @@ def _claimed(out: Path) -> Iterator[Path]:
             yield stage
             _remove(*(stage / name for name in STAGED))
         except BaseException:
-            if not any((stage / "model").glob("*.safetensors")):
+            if not any(file.suffix in (".safetensors", ".gguf") for file in (stage / "model").glob("*")):
                 _remove(*(stage / name for name in STAGED))
             raise
         finally:

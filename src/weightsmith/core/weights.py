@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-TILE = 1 << 18
-"""Elements in a tile: 1 MiB of float32, so that arithmetic stays in the cache. Random methods draw per tile."""
+TILE = 1 << 17
+"""Elements in a tile: half a MiB of float32, so that arithmetic stays in the cache. Random methods draw per tile."""
 
 BITS = {
     "float64": 64, "float32": 32, "float16": 16, "bfloat16": 16, "float8_e4m3fn": 8, "float8_e5m2": 8,
@@ -184,6 +184,12 @@ class Weights(ABC):
             raise MismatchError("renaming gives two tensors the same name", where=self.origin.path)
         return View(self, routes)
 
+    def layers(self, begin: int, end: int) -> "Weights":
+        """The layers from `begin` up to `end`, numbered from 0, with what lies outside the layers."""
+        from weightsmith.core.layers import Layers
+
+        return Layers(self, begin, end)
+
     def map(self, f: Callable[["Tensor"], "Tensor"]) -> "Weights":
         """`f` of each tensor, computed when read; `f` keeps shapes."""
         return Mapped(f, (self,))
@@ -203,8 +209,15 @@ class Weights(ABC):
 
 
 def matches(spec: Spec, where: str) -> bool:
-    """Whether a tensor's name or role matches one of the globs in `where`, which `|` separates."""
-    return any(fnmatchcase(spec.name, glob) or fnmatchcase(spec.role, glob) for glob in where.split("|"))
+    """Whether a tensor's name or role matches one of the globs in `where`, which `|` separates.
+
+    `name:` before a glob has it look at the name alone.
+    """
+    return any(
+        fnmatchcase(spec.name, glob.removeprefix("name:"))
+        or (not glob.startswith("name:") and fnmatchcase(spec.role, glob))
+        for glob in where.split("|")
+    )
 
 
 def any_match(spec: Spec, globs: str | tuple[str, ...]) -> bool:
@@ -295,6 +308,34 @@ class View(Weights):
         return {**super().lineage(identify), **kept, **({"renamed": moved} if moved else {})}
 
 
+class Overlaid(View):
+    """Weights with some of their tensors replaced by those of the same name from other Weights.
+
+    Args:
+        source: gives the names and the tensors that stay.
+        parts: the new tensors.
+    """
+
+    def __init__(self, source: Weights, parts: Weights):
+        super().__init__(source, {name: name for name in source})
+        self.parts = parts
+
+    def spec(self, name: str) -> Spec:
+        return self.parts.spec(name) if name in self.parts else super().spec(name)
+
+    def read(self, name: str) -> "Tensor":
+        return self.parts.read(name) if name in self.parts else super().read(name)
+
+    def tiles(self, name: str) -> Iterator["Tensor"]:
+        return self.parts.tiles(name) if name in self.parts else super().tiles(name)
+
+    def inputs(self) -> tuple[Weights, ...]:
+        return (self.source, self.parts)
+
+    def lineage(self, identify: Callable[[str], Any]) -> dict[str, Any]:
+        return {**self.parts.lineage(identify), "tensors": len(self.parts), "rest": self.source.lineage(identify)}
+
+
 class Cast(View):
     """Another Weights with its floats in another dtype."""
 
@@ -316,7 +357,8 @@ class Cast(View):
 
     def _fitting(self, tensor: "Tensor", name: str) -> "Tensor":
         cast = tensor.to(self.spec(name).torch_dtype)
-        lost = int((cast.isinf() & tensor.isfinite()).sum()) if cast.dtype != tensor.dtype else 0
+        narrower = BITS[self.dtype] < BITS[self.source.spec(name).dtype] or self.dtype == "float16"
+        lost = int((cast.isinf() & tensor.isfinite()).sum()) if narrower and cast.dtype != tensor.dtype else 0
         if lost:
             raise NonFiniteError(
                 f"{lost} values of `{name}` are too large for {self.dtype}",
@@ -360,6 +402,78 @@ class Mapped(Weights):
 
     def lineage(self, identify: Callable[[str], Any]) -> dict[str, Any]:
         return {**super().lineage(identify), "function": _identity(self.f)}
+
+
+class Computed(Weights):
+    """The tensors of `trunk`, with floats replaced by what `f` makes of each name when it is read.
+
+    Args:
+        f: from a name to the new tensor's elements in order, as flat pieces.
+        trunk: gives names, shapes and dtypes, and the tensors no arithmetic is defined on.
+        sources: the Weights that `f` reads.
+        about: what the lineage says of `f`.
+    """
+
+    def __init__(
+        self,
+        f: "Callable[[str], Iterator[Tensor]]",
+        trunk: Weights,
+        sources: Sequence[Weights],
+        about: Mapping[str, Any],
+    ):
+        self.f, self.trunk, self.about, self.origin = f, trunk, dict(about), trunk.origin
+        self._sources = tuple(sources)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.trunk)
+
+    def __len__(self) -> int:
+        return len(self.trunk)
+
+    def spec(self, name: str) -> Spec:
+        return self.trunk.spec(name)
+
+    def read(self, name: str) -> "Tensor":
+        import torch
+
+        if not self.spec(name).computable:
+            return self.trunk.read(name)
+        return torch.cat(list(self.tiles(name))).reshape(self.spec(name).shape)
+
+    def tiles(self, name: str) -> Iterator["Tensor"]:
+        if not self.spec(name).computable:
+            yield from self.trunk.tiles(name)
+        else:
+            for piece in self.f(name):
+                yield finite(piece.to(self.spec(name).torch_dtype), name, "the merge")
+
+    def inputs(self) -> tuple[Weights, ...]:
+        return self._sources
+
+    def lineage(self, identify: Callable[[str], Any]) -> dict[str, Any]:
+        return {**self.about, "from": [source.lineage(identify) for source in self._sources]}
+
+
+def lifted(weights: Weights, name: str) -> Iterator["Tensor"]:
+    """The tiles of a tensor in float32, float64 kept, each checked for NaN and infinity."""
+    import torch
+
+    for tile in weights.tiles(name):
+        wide = tile if tile.dtype == torch.float64 else tile.float()
+        yield finite(wide, name, weights.origin.path or "an input")
+
+
+def finite(tensor: "Tensor", name: str, where: str) -> "Tensor":
+    """The tensor itself.
+
+    Raises:
+        NonFiniteError: it holds NaN or infinity.
+    """
+    if not math.isfinite(float(tensor.sum())) and (bad := int((~tensor.isfinite()).sum())):
+        raise NonFiniteError(
+            f"`{name}` holds {bad} values that are NaN or infinite", where=where, hint="leave that model out"
+        )
+    return tensor
 
 
 def _identity(f: Callable[..., Any]) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from weightsmith.core.apply import apply
+from weightsmith.core.arch.channels import Channels, Group, Member
 from weightsmith.core.errors import WeightsmithError
 from weightsmith.core.laws import Case, decode
 from weightsmith.core.method import STATISTICS, Card, Hyperparameter
@@ -53,6 +54,39 @@ class TinyLanguageModel(nn.Module):
         return Output(self.head(self.layers(self.embed(input_ids))))
 
 
+class TinyNetwork(nn.Sequential):
+    """Three linear layers with a batch norm, whose hidden units can be permuted; models of one seed are alike."""
+
+    def __init__(self, seed: int = 0, place: int = 0):
+        super().__init__(
+            nn.Linear(12, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 5)
+        )
+        with torch.no_grad():
+            for name, t in self.state_dict().items():
+                if t.is_floating_point():
+                    value = (_normal(t.shape, seed, name) + _normal(t.shape, seed, name, place)) / t[0].numel() ** 0.5
+                    t.copy_(value.exp() if name.endswith("running_var") else value)
+        self.eval()
+
+    def weights(self) -> Memory:
+        """Its tensors, all but the count of batches seen."""
+        return Memory({name: tensor for name, tensor in self.state_dict().items() if tensor.ndim})
+
+
+def _channels(seed: int) -> Channels:
+    """The hidden units of `TinyNetwork`: both layers for an even seed, the first for an odd one."""
+
+    def hidden(before: int, after: int, width: int, norm: tuple[str, ...] = ()) -> Group:
+        places = torch.arange(width)[:, None]
+        made = [Member(f"{before}.{kind}", 0, places) for kind in ("weight", "bias")]
+        made += [Member(name, 0, places, learned="running" not in name) for name in norm]
+        return Group(str(before), width, (*made, Member(f"{after}.weight", 1, places, reads=True)))
+
+    norm = ("1.weight", "1.bias", "1.running_mean", "1.running_var")
+    groups = (hidden(0, 3, 24, norm), hidden(3, 5, 16))
+    return Channels(groups[: 2 - seed % 2], {}, TinyNetwork(seed))
+
+
 def inputs(card: Card, seed: int = 0, shape: tuple[int, ...] = SHAPE, optional: tuple[str, ...] = ()) -> dict[str, Any]:
     """Positional arguments by name. Models scatter around the base; needs the method can do without are left out."""
     wanted = [card.unit, *(need for need in card.needs if need not in card.optional or need in optional)]
@@ -63,17 +97,29 @@ def inputs(card: Card, seed: int = 0, shape: tuple[int, ...] = SHAPE, optional: 
         "spec": lambda: Spec(NAME, tuple(n + seed * (k == 0) for k, n in enumerate(shape)), role="mlp.up", layer=0),
         "w": lambda: _normal(shape, seed, "w"),
         "ws": lambda: many,
-        "models": lambda: [Memory({NAME: w}) for w in many],
+        "models": lambda: (
+            [TinyNetwork(seed, k).weights() for k in range(_models(card))]
+            if "channels" in card.needs
+            else [_checkpoint(w) for w in many]
+        ),
+        "channels": lambda: _channels(seed),
         "model": lambda: TinyLanguageModel(seed),
-        "base": lambda: center,
+        "params": lambda: [_normal(shape, seed, "params"), _normal(shape[:1], seed, "params")],
+        "base": lambda: _checkpoint(center) if card.unit == "models" else center,
         "rng": lambda: torch.Generator().manual_seed(seed),
         "act_norm": lambda: _normal((width,), seed, "act_norm").exp(),
         "gram": lambda: _gram(width, seed),
         "grad": lambda: _normal(shape, seed, "grad"),
         "fisher": lambda: _normal(shape, seed, "fisher").square(),
         "threshold": lambda: 0.5 + 0.1 * seed,
+        "reference": lambda: _normal(shape, seed, "reference"),
+        "loss": lambda: _Distance(many[seed % len(many)] if many else center),
         "evaluate": lambda: _Closeness(many[seed % len(many)] if many else center),
-        "batch": lambda: torch.randint(VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(seed)),
+        "batch": lambda: (
+            _normal((96, 12), seed, "batch")
+            if "channels" in card.needs
+            else torch.randint(VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(seed))
+        ),
     }
     return {name: given[name]() for name in wanted}
 
@@ -104,7 +150,8 @@ def values(card: Card, hyper: Hyperparameter, *, ends: bool = True) -> list[Any]
     Args:
         card: whose it is.
         hyper: the hyperparameter.
-        ends: whether to include the very ends of a range of floats, where methods degenerate by design.
+        ends: whether to include the very ends of a range of floats, where methods degenerate by design, and different
+            numbers for the models, which break their symmetry.
     """
     found = [hyper.default]
     for value in _members(hyper.annotation, hyper, ends):
@@ -114,6 +161,8 @@ def values(card: Card, hyper: Hyperparameter, *, ends: bool = True) -> list[Any]
             continue
         if not any(value == other and type(value) is type(other) for other in found):
             found.append(value)
+    if ends and hyper.name in card.several and card.unit in ("ws", "models"):
+        found.append(tuple(itertools.islice(itertools.cycle(found), _models(card))))
     return found
 
 
@@ -126,6 +175,9 @@ def _members(annotation: Any, hyper: Hyperparameter, ends: bool) -> Iterator[Any
     if origin in (typing.Union, types.UnionType):
         for member in typing.get_args(annotation):
             yield from _members(typing.Annotated[member, *bounds] if bounds else member, hyper, ends)
+    elif origin is tuple and ... not in typing.get_args(annotation):
+        members = [_members(a, replace(hyper, default=None), ends) for a in typing.get_args(annotation)]
+        yield from zip(*members, strict=False)
     elif origin is typing.Literal:
         yield from typing.get_args(annotation)
     elif annotation is types.NoneType:
@@ -171,7 +223,7 @@ def outcome(case: Case) -> dict[str, Tensor]:
 
     Theta is also decoded after a nudge, since an adapter at its start hides its scale and its rank.
     """
-    if not isinstance(case.function, type):
+    if not hasattr(case.function, "encode"):
         return flatten(case.run())
     if "rng" in case.inputs:
         case.inputs["rng"].manual_seed(case.seed)
@@ -285,9 +337,14 @@ def changed(given: Mapping[str, Any], change: Callable[[Tensor], Tensor], *, eve
         if isinstance(value, Weights):
             return Memory({k: change(value.read(k)) for k in value})
         floats = isinstance(value, Tensor) and value.is_floating_point()
-        return change(value) if floats and (every or name in ("w", "ws", "base")) else value
+        return change(value) if floats and (every or name in ("w", "ws", "base", "params")) else value
 
     return {name: one(name, value) for name, value in given.items()}
+
+
+def _checkpoint(w: Tensor) -> Memory:
+    """Two layers, so that what is decided for each tensor can be told from what is decided for all."""
+    return Memory({NAME: w, NAME.replace("0", "1"): 0.5 * w.flip(-1)})
 
 
 def _normal(shape: tuple[int, ...], *key: object) -> Tensor:
@@ -308,12 +365,21 @@ class _Closeness:
         return -sum(float((weights.read(name).float() - self.target).square().mean()) for name in weights)
 
 
+@dataclass(frozen=True)
+class _Distance:
+    target: Tensor
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([(tensor.float() - self.target).square().mean() for tensor in tensors.values()]).sum()
+
+
 def _models(card: Card) -> int:
-    """How many models the method merges: three, or two when it refuses three."""
+    """How many models the method takes: three, or fewer when it refuses as many."""
     if card.id not in _COUNTS and card.unit in ("ws", "models"):
-        _COUNTS[card.id] = 3
-        if not accepts(Case(card.function, inputs(card), card.validate({}))):
-            _COUNTS[card.id] = 2
+        for count in (3, 2, 1):
+            _COUNTS[card.id] = count
+            if accepts(Case(card.function, inputs(card), card.validate({}))):
+                break
     return _COUNTS.get(card.id, 0)
 
 

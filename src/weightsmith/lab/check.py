@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from weightsmith.core import method as registry
 from weightsmith.core.errors import MethodError, WeightsmithError, nearest
-from weightsmith.core.laws import TOLERANCE, Case, Law, decode
+from weightsmith.core.laws import TOLERANCE, Case, Law, decode, descent
 from weightsmith.core.method import STATISTICS, Card, fast_path
 from weightsmith.core.parametrization import attach, bake
 from weightsmith.core.weights import TILE, Memory, Weights
@@ -486,6 +486,27 @@ def gradients_reach_the_weight(card: Card) -> None:
         assert any(bool(t.grad.any()) for t in tensors), "the gradient is zero"
 
 
+# Optimizers
+
+
+@_when(lambda card: card.kind == "optimizer")
+def descends_on_a_quadratic(card: Card) -> None:
+    """In fifty steps it leaves less than half of the loss it starts from."""
+    start = inputs(card)["params"]
+    before, after = (descent(card.function, start, {"lr": 0.02}, steps=steps)[1] for steps in (0, 50))
+    assert after < before / 2, f"of a loss of {before:.3g} {after:.3g} is left"
+
+
+@_when(lambda card: card.kind == "optimizer")
+def resumes_bit_for_bit(card: Card) -> None:
+    """Saved and loaded halfway, it ends with the same bits, in float32 and with parameters in bfloat16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        start = [t.to(dtype) for t in inputs(card)["params"]]
+        whole, _ = descent(card.function, start, {"lr": 0.02}, steps=8)
+        halves, _ = descent(card.function, start, {"lr": 0.02}, steps=8, resume_at=4)
+        assert all(identical(a, b) for a, b in zip(whole, halves, strict=True)), f"{dtype}: resuming changes the bits"
+
+
 # Laws
 
 
@@ -524,8 +545,8 @@ def _law(card: Card, name: str) -> Law:
 
 
 def _codes(function: Any) -> set[Any]:
-    parts = [function.__init__, function.encode, function.decode] if isinstance(function, type) else [function]
-    return {part.__code__ for part in parts}
+    parts = [getattr(function, name, None) for name in ("__init__", "encode", "decode")]
+    return {part.__code__ for part in (parts if isinstance(function, type) else [function]) if part is not None}
 
 
 def _close(a: Tensor, b: Tensor, says: str) -> None:

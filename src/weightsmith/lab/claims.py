@@ -160,7 +160,7 @@ def claims(pattern: str = "*") -> list[Claim]:
 
 
 def _names(entry: Claim) -> tuple[str, ...]:
-    family, method = entry.method.split(".")
+    family, _, method = entry.method.rpartition(".")
     return entry.id, entry.method, method, family, entry.function.__name__
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import InputError
-from weightsmith.core.weights import Memory, Origin, Weights
+from weightsmith.core.weights import Weights
 from weightsmith.core.weights import open as open_weights
 
 if TYPE_CHECKING:
@@ -48,14 +48,8 @@ def minilm() -> Weights:
 
 @cache
 def efficientnet() -> Weights:
-    """EfficientNet-Lite0 trained on ImageNet, a CNN of 4.7 M parameters.
-
-    Its file is in PyTorch's old format, which `open` refuses as a pickle; torch's safe loader reads it.
-    """
-    import torch
-
-    file = packaged("efficientnet")
-    return Memory(torch.load(file, map_location="cpu", weights_only=True), Origin(path=str(file), format="torch"))
+    """EfficientNet-Lite0 trained on ImageNet, a CNN of 4.7 M parameters."""
+    return open_weights(packaged("efficientnet"))
 
 
 @cache

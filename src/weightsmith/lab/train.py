@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from weightsmith.core.calibrate import default_loss
 from weightsmith.core.errors import InputError, RunError
+from weightsmith.core.penalty import Penalty
+from weightsmith.core.schedule import advance
 
 
 @contextmanager
@@ -70,6 +72,9 @@ def fit(
     for step, batch in zip(range(steps), forever(batches), strict=False):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (schedule(step / steps) if schedule else 1.0)
+        advance(model, step / steps)
+        if isinstance(penalty, Penalty):
+            penalty.advance(step / steps)
         value = (loss or default_loss)(model, batch)
         optimizer.zero_grad(set_to_none=True)
         (value + penalty(model) if penalty else value).backward()

@@ -30,11 +30,25 @@ def linear(
         >>> linear([torch.tensor([1.0]), torch.tensor([5.0])], weight=(3.0, 1.0))
         tensor([2.])
     """
-    weights = per_model(weight, len(ws))
-    total = sum(weights) if normalize else 1.0
-    if total == 0:
-        raise MethodError(f"weight = {weight}: the weights add up to zero", hint="use `normalize=False`")
-    return sum(w * (alpha / total) for w, alpha in zip(ws, weights, strict=True))
+    return combined(ws, weight, normalize=normalize)
+
+
+def combined(ws: list[Tensor], weight: float | tuple[float, ...], *, normalize: bool) -> Tensor:
+    """The weighted sum of tensors, or their weighted mean."""
+    weights = shares(weight, len(ws)) if normalize else per_model(weight, len(ws))
+    return sum(w * alpha for w, alpha in zip(ws, weights, strict=True))
+
+
+def shares(weight: float | tuple[float, ...], count: int) -> tuple[float, ...]:
+    """The weights of `count` models, divided by their sum.
+
+    Raises:
+        MethodError: not one weight a model, or nothing to divide by.
+    """
+    weights = per_model(weight, count)
+    if sum(weights) == 0:
+        raise MethodError(f"weight = {weight}: the weights add up to zero", hint="give others, or do not normalize")
+    return tuple(alpha / sum(weights) for alpha in weights)
 
 
 def per_model(value: float | tuple[float, ...], count: int) -> tuple[float, ...]:

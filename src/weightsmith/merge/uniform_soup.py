@@ -1,5 +1,10 @@
 """Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time
 (Wortsman et al., ICML 2022).
+
+It carries two more papers that are this average: "Fusing finetuned models for better pretraining" (Choshen et al.,
+arXiv 2022), where it is the next start and heads are left out, `exclude="head"`; and, as its
+last step, "KaLM-Embedding-V2: Superior Training Techniques and Data Inspire A Versatile Embedding Model" (Zhao et al.,
+arXiv 2025).
 """
 
 from jaxtyping import Float
@@ -15,7 +20,8 @@ def uniform_soup(ws: list[Float[Tensor, "*shape"]]) -> Float[Tensor, "*shape"]:
 
     $$ \theta = \tfrac{1}{n} \sum_i \theta_i $$
 
-    Section 2, "uniform soup". It helps when the models were fine-tuned from one start and lie in one basin.
+    Section 2, "uniform soup". It helps when the models were fine-tuned from one start and lie in one basin. Averaged
+    over unlike tasks and without their heads, it is a better start for the next (arXiv:2204.03044).
 
     Example:
         >>> uniform_soup([torch.tensor([1.0]), torch.tensor([3.0])])

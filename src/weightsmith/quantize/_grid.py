@@ -82,6 +82,32 @@ def search(
     return scale, zero
 
 
+def coded(w: Tensor, scale: Tensor, zero: Tensor, bits: int, size: int | None) -> Tensor:
+    """The nearest code of each weight on grids that are given."""
+    grouped = (groups(w, size) / scale.float().unsqueeze(2)).round_().add_(zero.float().unsqueeze(2))
+    return rows(grouped.clamp_(0, 2**bits - 1), w.shape[1]).to(torch.uint8)
+
+
+def spread(by_group: Tensor, size: int | None, width: int) -> Tensor:
+    """What each group has, as what each of its weights has."""
+    return by_group.repeat_interleave(min(size or width, width), 1)[:, :width]
+
+
+def outliers(w: Tensor, score: Tensor, density: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weight with the entries of the largest scores set to zero, and their places and values in 16 bits.
+
+    Zero is on every integer grid, so that a solver makes no error where an entry is kept.
+    """
+    index = score.flatten().topk(round(density * w.numel()), sorted=False).indices.sort().values
+    value = w.flatten()[index].clamp(-LARGEST, LARGEST).half()
+    return w.flatten().index_fill(0, index, 0.0).view_as(w), {"index": index.int(), "value": value}
+
+
+def restored(decoded: Tensor, index: Tensor, value: Tensor) -> Tensor:
+    """A decoded weight with the kept entries in their places."""
+    return decoded.flatten().index_copy(0, index.long(), value.float()).view_as(decoded)
+
+
 @cache
 def levels(grid: Literal["float", "normal"], bits: int) -> Tensor:
     r"""Sorted levels of a grid that no data decide, the largest in magnitude being 1.
@@ -143,9 +169,12 @@ def decoded(
 
 
 def stored_bits(theta: dict[str, Tensor], bits: int) -> int:
-    """Bits that theta takes when packed: codes and zero points at `bits` each, scales and levels at 16."""
-    packed = ("codes", "zero")
-    return sum(tensor.numel() * (bits if key in packed else 16) for key, tensor in theta.items())
+    """Bits of theta when packed: codes and zero points at `bits` each, fractions at 16, other integers as they are."""
+
+    def each(key: str, tensor: Tensor) -> int:
+        return bits if key in ("codes", "zero") else 16 if tensor.is_floating_point() else 8 * tensor.element_size()
+
+    return sum(tensor.numel() * each(key, tensor) for key, tensor in theta.items())
 
 
 def gap(w: Tensor, decoded: Tensor, bits_per_weight: float) -> float:

@@ -67,6 +67,28 @@ def blocks(names: Iterable[str]) -> list[str]:
     return [members[index] for members in stacks.values() for index in sorted(members)]
 
 
+def numbered(name: str) -> tuple[str, int, str, bool] | None:
+    """How a tensor's name counts its layer; None outside the stacks.
+
+    Returns:
+        What stands before the number, the number, what follows it, and whether the numbers are known to be layers'
+        and the only ones that count them.
+    """
+    place = _place(name, _NUMBER.sub("#", name))
+    if place is None:
+        return None
+    stack, index, end = place
+    begin = len(name[:end].rstrip("0123456789"))
+    return name[:begin], index[-1], name[end:], len(index) == 1 and int(stack.rpartition(":")[2]) < len(_STACKS) - 1
+
+
+@cache
+def roles() -> frozenset[str]:
+    """All roles that names give, with their suffixes."""
+    known = {role for _, role in _RULES}
+    return frozenset(known | {f"{role}.{suffix}" for role in known for suffix in _SUFFIXES.values() if suffix})
+
+
 def tied(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
     """Tensors the config declares another name of one in `names`, and which `names` lacks: alias -> name."""
     inner = config.get("text_config")

@@ -24,6 +24,8 @@ def open_path(path: str | Path, *, allow_pickle: bool = False, revision: str | N
             from weightsmith.core.formats.hub import open_hub
 
             return open_hub(text, revision=revision)
+        if "+" in text:
+            return _open_sum(*text.rsplit("+", 1), allow_pickle=allow_pickle, revision=revision)
         raise InputError("there is nothing", where=text, hint=near(place)) from None
     except OSError as error:
         raise unreadable(place, error) from None
@@ -47,6 +49,14 @@ def open_path(path: str | Path, *, allow_pickle: bool = False, revision: str | N
     return open_torch(place, allow_pickle=allow_pickle)
 
 
+def _open_sum(model: str, adapter: str, *, allow_pickle: bool, revision: str | None) -> Weights:
+    """`MODEL+ADAPTER`: the model with the adapter baked in, weight by weight as it is read."""
+    from weightsmith.core.adapter import bake_into
+
+    base = open_path(model, allow_pickle=allow_pickle, revision=revision)
+    return bake_into(base, open_path(adapter))
+
+
 def _open_folder(folder: Path, allow_pickle: bool) -> Weights:
     names = sorted(listing(folder))
     if "adapter_config.json" in names:
@@ -57,10 +67,10 @@ def _open_folder(folder: Path, allow_pickle: bool) -> Weights:
         from weightsmith.core.formats.safetensors import SafetensorsFolder
 
         found = SafetensorsFolder(folder)
-        if found.origin.config.get("quantization_config", {}).get("quant_method") == "compressed-tensors":
-            from weightsmith.core.formats.compressed import Decompressed
+        if "quantization_config" in found.origin.config or any(name.startswith("quant") for name in names):
+            from weightsmith.core.formats.packed import open_packed
 
-            return Decompressed(found)
+            return open_packed(found, folder)
         return found
     gguf = [name for name in names if name.endswith(".gguf")]
     if len(gguf) == 1:

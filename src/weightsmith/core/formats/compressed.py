@@ -1,42 +1,146 @@
-"""Quantised weights as compressed-tensors stores them, `pack-quantized`: what transformers and vLLM load.
+"""compressed-tensors' layout, `pack-quantized`: what transformers and vLLM load.
 
-A row of codes is one string of bits, little-endian, cut into 32-bit words; so is a column of zero points. A weight is
-`(code - zero) * scale`; without zero points the zero is the middle code.
+A row of codes is a little-endian string of bits in 32-bit words; so is a column of zero points.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from weightsmith.core.errors import FormatError, InputError, first_few
-from weightsmith.core.weights import Memory, Spec, Weights
+from weightsmith.core.formats.packed import (
+    MAX_BITS,
+    Codes,
+    Layout,
+    Packed,
+    Quantised,
+    Scheme,
+    Shapes,
+    Theta,
+    Unpacked,
+    divisor,
+    indivisible,
+    pack_bits,
+    scheme_of,
+    unpack_bits,
+)
+from weightsmith.core.weights import Spec, Weights
 
-PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Groups = list[tuple[list[str], Scheme]]
+
+
+class CompressedTensors(Layout):
+    """weight_packed (out, in * bits / 32), weight_scale (out, groups), weight_zero_point (out * bits / 32, groups)."""
+
+    name = "compressed-tensors"
+    key = "weight_packed"
+    kinds = {
+        "weight_packed": "codes",
+        "weight_scale": "scales",
+        "weight_zero_point": "zero points",
+        "weight_shape": "indices",
+        "weight_g_idx": "indices",
+    }
+
+    def refusal(self, shape: tuple[int, ...], scheme: Scheme) -> str | None:
+        return indivisible(shape[1], scheme)
+
+    def parts(self, shape: tuple[int, ...], scheme: Scheme) -> Shapes:
+        (out, width), groups = shape, shape[1] // scheme.size(shape[1])
+        parts: Shapes = {
+            "weight_packed": ((out, -(-width * scheme.bits // 32)), "int32"),
+            "weight_scale": ((out, groups), "float16"),
+            "weight_shape": ((2,), "int64"),
+        }
+        if not scheme.symmetric:
+            parts["weight_zero_point"] = ((-(-out * scheme.bits // 32), groups), "int32")
+        return parts
+
+    def pack(self, theta: Theta, scheme: Scheme) -> dict[str, "Tensor"]:
+        import torch
+
+        codes = theta["codes"]
+        packed = {
+            "weight_packed": pack_bits(codes, scheme.bits),
+            "weight_scale": theta["scale"],
+            "weight_shape": torch.tensor(codes.shape),
+        }
+        if not scheme.symmetric:
+            packed["weight_zero_point"] = pack_bits(theta["zero"].T, scheme.bits).T.contiguous()
+        return packed
+
+    def config(self, schemes: Mapping[str, Scheme], ignore: Iterable[str]) -> dict[str, Any]:
+        kinds = list(dict.fromkeys(schemes.values()))
+        groups = {}
+        for number, scheme in enumerate(kinds):
+            weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric}
+            size = scheme.group_size
+            weights |= {"strategy": "group", "group_size": size} if size else {"strategy": "channel"}
+            targets = ["Linear"] if len(kinds) == 1 else [name for name, s in schemes.items() if s == scheme]
+            groups[f"group_{number}"] = {"targets": targets, "weights": weights}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "ignore": list(ignore),
+            "config_groups": groups,
+        }
+
+    def settings(self, config: Mapping[str, Any], where: object) -> Groups:
+        if config.get("quant_method") != "compressed-tensors" or config.get("format") != "pack-quantized":
+            said = {key: config.get(key) for key in ("quant_method", "format")}
+            raise FormatError(f"not a pack-quantized checkpoint of compressed-tensors: {said}", where=where)
+        groups = config.get("config_groups")
+        found = list(groups.values()) if isinstance(groups, Mapping) else []
+        bad = [group for group in found if not _readable(group)]
+        if bad or not found:
+            raise FormatError(f"number formats that cannot be read\n{first_few(bad)}", where=where)
+        return [(group["targets"], _scheme(group["weights"])) for group in found]
+
+    def shape(
+        self, stem: str, specs: Mapping[str, Spec], part: Callable[[str], "Tensor"], settings: Groups
+    ) -> tuple[tuple[int, int], Scheme]:
+        if (said := specs.get("weight_shape")) is not None and (said.shape != (2,) or said.dtype != "int64"):
+            raise FormatError(f"`weight_shape` is {list(said.shape)} {said.dtype}", where=stem)
+        out, width = (int(n) for n in part("weight_shape"))
+        scale = specs.get("weight_scale")
+        if min(out, width) < 1 or scale is None or len(scale.shape) != 2 or not scale.shape[1]:
+            raise FormatError(f"{out} x {width} weights cannot be there", where=stem)
+        found = [s for targets, s in settings if any(t == "Linear" or fnmatchcase(stem, t) for t in targets)]
+        if not found:
+            fitting = [s for _, s in settings if specs["weight_packed"].shape == (out, -(-width * s.bits // 32))]
+            found = fitting if len({s.bits for s in fitting}) == 1 else []
+        if not found:
+            raise FormatError("no group of the config holds this layer", where=stem)
+        if "weight_g_idx" in specs:
+            raise FormatError(
+                "groups in activation order are not read", where=stem, hint="export it with static groups"
+            )
+        groups = scale.shape[1]
+        if width % groups:
+            raise FormatError(f"{list(scale.shape)} scales for {[out, width]} weights", where=stem)
+        return (out, width), found[0]._replace(group_size=width // groups)
+
+    def unpack(
+        self, part: Callable[[str], "Tensor"], shape: tuple[int, int], scheme: Scheme, settings: Groups
+    ) -> Codes:
+        out, width = shape
+        codes = unpack_bits(part("weight_packed"), scheme.bits, width)
+        zero: Tensor | float = 2.0 ** (scheme.bits - 1)
+        if not scheme.symmetric:
+            zero = unpack_bits(part("weight_zero_point").T.contiguous(), scheme.bits, out).T.contiguous()
+        return Codes(codes, part("weight_scale"), zero)
+
+
+PARTS = tuple(CompressedTensors.kinds)
 """What a quantised weight is stored as, in place of `weight`."""
 
 
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Each row of codes as a string of bits in 32-bit words."""
-    rows, width = codes.shape
-    each = np.unpackbits(codes.to(torch.uint8).numpy()[..., None], axis=2, count=bits, bitorder="little")
-    string = np.pad(each.reshape(rows, width * bits), ((0, 0), (0, -width * bits % 32)))
-    words = np.packbits(string, axis=1, bitorder="little").view("<i4")
-    return torch.from_numpy(words.astype(np.int32, copy=False))
-
-
-def unpack_bits(words: Tensor, bits: int, width: int) -> Tensor:
-    """The codes that `pack_bits` packed."""
-    array = np.ascontiguousarray(words.numpy()).astype("<i4", copy=False).view(np.uint8)
-    string = np.unpackbits(array, axis=1, count=width * bits, bitorder="little")
-    return torch.from_numpy(np.packbits(string.reshape(len(array), width, bits), axis=2, bitorder="little")[..., 0])
-
-
-def pack(name: str, theta: Mapping[str, Tensor], form: Any) -> dict[str, Tensor]:
+def pack(name: str, theta: Theta, form: Any) -> dict[str, "Tensor"]:
     """The tensors that stand for one quantised weight.
 
     Args:
@@ -47,67 +151,44 @@ def pack(name: str, theta: Mapping[str, Tensor], form: Any) -> dict[str, Tensor]
     Raises:
         InputError: the grid is not of integers, or the groups do not divide the row.
     """
-    codes, scale = theta["codes"], theta["scale"]
-    if getattr(form, "grid", "int") not in ("int", "asymmetric"):
-        raise InputError(f"grid = {form.grid}: the format holds integers", where=name, hint="grid: int or asymmetric")
-    size = form.group_size or codes.shape[1]
-    if codes.shape[1] % size:
-        raise InputError(
-            f"group_size = {size} does not divide the {codes.shape[1]} inputs, as the format asks",
-            where=name,
-            hint=f"group_size: {_divisor(codes.shape[1], size)}",
-        )
-    stem = name.removesuffix("weight")
-    packed = {
-        f"{stem}weight_packed": pack_bits(codes, form.bits),
-        f"{stem}weight_scale": scale,
-        f"{stem}weight_shape": torch.tensor(codes.shape),
-    }
-    if "zero" in theta:
-        packed[f"{stem}weight_zero_point"] = pack_bits(theta["zero"].T, form.bits).T.contiguous()
-    return packed
+    how, scheme, width = CompressedTensors(), scheme_of(form, name), theta["codes"].shape[1]
+    if refused := indivisible(width, scheme):
+        raise InputError(refused, where=name, hint=f"group_size: {divisor(width, scheme.size(width))}")
+    return {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in how.pack(theta, scheme).items()}
 
 
-def quantization_config(form: Any, ignore: tuple[str, ...] = (), *, asymmetric: bool | None = None) -> dict[str, Any]:
+def quantization_config(form: Any, ignore: tuple[str, ...] = ()) -> dict[str, Any]:
     """What config.json says of weights packed this way.
 
     Args:
         form: the parametrization, the same for all.
         ignore: linear layers left alone, by module name.
-        asymmetric: whether there are zero points; by default as the form says.
     """
-    if asymmetric is None:
-        asymmetric = getattr(form, "grid", "asymmetric") == "asymmetric" and not getattr(form, "symmetric", False)
-    weights: dict[str, Any] = {"num_bits": form.bits, "type": "int", "symmetric": not asymmetric}
-    weights |= {"strategy": "group", "group_size": form.group_size} if form.group_size else {"strategy": "channel"}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "ignore": list(ignore),
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-    }
+    return CompressedTensors().config({"Linear": scheme_of(form)}, ignore)
 
 
-def compressed(weights: Weights, thetas: Mapping[str, Mapping[str, Tensor]], form: Any) -> Memory:
+def compressed(
+    weights: Weights, thetas: Mapping[str, Theta], form: Any, how: Layout | None = None
+) -> Packed:
     """A checkpoint with some weights packed and a config that says so.
 
     Args:
         weights: the checkpoint.
         thetas: of each quantised weight, what `encode` gave.
         form: the parametrization that made them.
+        how: the layout; that of compressed-tensors by default.
     """
-    tensors: dict[str, Tensor] = {}
-    for name in weights:
-        tensors |= pack(name, thetas[name], form) if name in thetas else {name: weights.read(name)}
-    kept = [name for name in (*weights, *weights.origin.ties) if name not in thetas and name.endswith(".weight")]
-    linear = [name for name in kept if len(weights.spec(weights.origin.ties.get(name, name)).shape) == 2]
-    ignore = tuple(name.removesuffix(".weight") for name in linear)
-    config = {**weights.origin.config, "quantization_config": quantization_config(form, ignore)}
-    return Memory(tensors, replace(weights.origin, config=config))
+    digest = hashlib.blake2b(digest_size=16)
+    for name, theta in sorted(thetas.items()):
+        for key, tensor in sorted(theta.items()):
+            digest.update(f"{name} {key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy().data)
+    found = Quantised(dict.fromkeys(thetas, form), lambda name: thetas[name])
+    about = {"with": repr(form), "codes": digest.hexdigest()}
+    return Packed(weights, how or CompressedTensors(), found, about)
 
 
-class Decompressed(Weights):
+class Decompressed(Unpacked):
     """A checkpoint's packed weights as plain ones, decoded when read.
 
     Args:
@@ -119,91 +200,17 @@ class Decompressed(Weights):
     """
 
     def __init__(self, packed: Weights, dtype: str | None = None):
-        config = dict(packed.origin.config)
-        self._settings = _settings(config.pop("quantization_config", {}), packed.origin.path)
-        self.packed, self.dtype = packed, dtype
-        self.origin = replace(packed.origin, config=config)
-        self._names: dict[str, str | None] = {}
-        for name in packed:
-            stem, _, part = name.rpartition(".")
-            if part == "weight_packed":
-                self._names[f"{stem}.weight"] = stem
-            elif part not in PARTS:
-                self._names[name] = None
-        self._specs = {name: self._spec(name, stem) for name, stem in self._names.items()}
-
-    def _part(self, stem: str, part: str) -> Tensor:
-        if f"{stem}.{part}" not in self.packed:
-            raise FormatError(f"`{stem}.{part}` is missing", where=self.origin.path)
-        return self.packed.read(f"{stem}.{part}")
-
-    def _spec(self, name: str, stem: str | None) -> Spec:
-        if stem is None:
-            return self.packed.spec(name)
-        shape = tuple(int(n) for n in self._part(stem, "weight_shape"))
-        words, scale = self.packed.spec(f"{stem}.weight_packed"), self.packed.spec(f"{stem}.weight_scale")
-        bits = self._scheme(stem)["num_bits"]
-        if len(shape) != 2 or min(shape) < 1 or words.shape != (shape[0], -(-shape[1] * bits // 32)):
-            raise FormatError(f"{list(words.shape)} words cannot hold {list(shape)} weights of {bits} bits", where=name)
-        if len(scale.shape) != 2 or scale.shape[0] != shape[0] or shape[1] % scale.shape[1]:
-            raise FormatError(f"{list(scale.shape)} scales for {list(shape)} weights", where=name)
-        return replace(words, name=name, shape=shape, dtype=self.dtype or scale.dtype)
-
-    def _scheme(self, stem: str) -> Mapping[str, Any]:
-        for targets, scheme in self._settings:
-            if any(target == "Linear" or fnmatchcase(stem, target) for target in targets):
-                return scheme
-        raise FormatError("no group of the config holds this layer", where=stem)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def inputs(self) -> tuple[Weights, ...]:
-        return (self.packed,)
-
-    def spec(self, name: str) -> Spec:
-        return self._specs[name]
-
-    def read(self, name: str) -> Tensor:
-        stem = self._names[name]
-        if stem is None:
-            return self.packed.read(name)
-        spec, scheme = self._specs[name], self._scheme(stem)
-        bits, (out, width) = scheme["num_bits"], spec.shape
-        codes = unpack_bits(self._part(stem, "weight_packed"), bits, width).float()
-        scale = self._part(stem, "weight_scale").float()
-        zero: Tensor | float = 2.0 ** (bits - 1)
-        if not scheme.get("symmetric", True):
-            words = self._part(stem, "weight_zero_point")
-            zero = unpack_bits(words.T.contiguous(), bits, out).T.float()[:, :, None]
-        grouped = codes.view(out, scale.shape[1], -1)
-        if f"{stem}.weight_g_idx" in self.packed:
-            raise FormatError(
-                "groups in activation order are not read", where=name, hint="export it with static groups"
-            )
-        return ((grouped - zero) * scale[:, :, None]).view(out, width).to(spec.torch_dtype)
+        super().__init__(packed, CompressedTensors(), dtype)
 
 
-def _settings(config: Mapping[str, Any], where: object) -> list[tuple[list[str], Mapping[str, Any]]]:
-    """Targets and number format of each group in a quantization_config."""
-    if config.get("quant_method") != "compressed-tensors" or config.get("format") != "pack-quantized":
-        said = {key: config.get(key) for key in ("quant_method", "format")}
-        raise FormatError(f"not a pack-quantized checkpoint of compressed-tensors: {said}", where=where)
-    groups = config.get("config_groups")
-    found = [(g.get("targets", []), g.get("weights")) for g in groups.values()] if isinstance(groups, Mapping) else []
-    bad = [
-        s
-        for _, s in found
-        if not isinstance(s, Mapping) or s.get("type") != "int" or s.get("num_bits") not in range(1, 9)
-    ]
-    if bad or not found:
-        raise FormatError(f"number formats that cannot be read\n{first_few(bad)}", where=where)
-    return found
+def _readable(group: Any) -> bool:
+    """Whether a group of a config is one of integers with targets."""
+    if not isinstance(group, Mapping) or not isinstance(weights := group.get("weights"), Mapping):
+        return False
+    targets = group.get("targets", [])
+    named = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
+    return named and weights.get("type") == "int" and weights.get("num_bits") in range(1, MAX_BITS + 1)
 
 
-def _divisor(width: int, size: int) -> int:
-    """The largest group up to `size` that divides a row."""
-    return next(n for n in range(size, 0, -1) if width % n == 0)
+def _scheme(weights: Mapping[str, Any]) -> Scheme:
+    return Scheme(int(weights["num_bits"]), None, bool(weights.get("symmetric", True)))

@@ -30,8 +30,8 @@ MAX_ALIGNMENT = 1 << 20
 KEPT_ITEMS = 1024
 """Longer arrays of metadata are checked and counted but not kept: the tokenizer is read elsewhere."""
 
-_DATA = json.loads(Path(__file__).with_name("gguf.json").read_text())
-_TYPES: dict[int, tuple[str, int, int]] = {int(key): tuple(value) for key, value in _DATA["types"].items()}
+DATA = json.loads(Path(__file__).with_name("gguf.json").read_text())
+_TYPES: dict[int, tuple[str, int, int]] = {int(key): tuple(value) for key, value in DATA["types"].items()}
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
@@ -77,14 +77,14 @@ class GgufFile(Weights):
             os.close(descriptor)
         self._file = Mapped(path, state)
         architecture = metadata.get("general.architecture")
-        known = _DATA["architectures"].get(architecture) if isinstance(architecture, str) else None
+        known = DATA["architectures"].get(architecture) if isinstance(architecture, str) else None
         names = {name: _rename(name) if known else name for name in entries}
         self._entries = {names[name]: entry for name, entry in entries.items() if name != "rope_freqs.weight"}
         if len(self._entries) < len(entries) - ("rope_freqs.weight" in entries):
             raise FormatError("two tensors have the same name", where=path)
         config = self._config(metadata, known, entries) if known else {}
         self._heads = _heads(config, self._entries, path) if known and known["permuted"] else {}
-        shapes = {n: (e.shape, _DATA["plain"].get(e.type, "float32")) for n, e in self._entries.items()}
+        shapes = {n: (e.shape, DATA["plain"].get(e.type, "float32")) for n, e in self._entries.items()}
         self._specs = describe(shapes, config)
         self.origin = Origin(
             path=str(path),
@@ -109,11 +109,27 @@ class GgufFile(Weights):
         """The ggml type a tensor is stored in, such as `q4_1`."""
         return self._entries[name].type
 
+    def raw(self, name: str) -> "numpy.ndarray":
+        """A tensor's bytes as they are in the file."""
+        entry = self._entries[name]
+        return self._file.bytes(entry.begin, entry.end)
+
+    def kinds(self, name: str) -> dict[str, int]:
+        """Bytes of codes, scales and zero points of a tensor stored in blocks; nothing for plain floats."""
+        entry = self._entries[name]
+        if entry.type in DATA["plain"]:
+            return {}
+        _, _, size = next(kind for kind in _TYPES.values() if kind[0] == entry.type)
+        codes, scales, *rest = DATA["blocks"].get(entry.type, [size, 0])
+        blocks = (entry.end - entry.begin) // size
+        found = {"codes": codes * blocks, "scales": scales * blocks, "zero points": sum(rest) * blocks}
+        return {kind: count for kind, count in found.items() if count}
+
     def read(self, name: str) -> "Tensor":
         import torch
 
         entry = self._entries[name]
-        if entry.type in _DATA["plain"]:
+        if entry.type in DATA["plain"]:
             return next(self._pieces(name, math.prod(entry.shape))).view(entry.shape)
         out = torch.empty(math.prod(entry.shape))
         for start, tile in zip(range(0, len(out), TILE), self._pieces(name, TILE), strict=True):
@@ -139,9 +155,9 @@ class GgufFile(Weights):
         import numpy
         import torch
 
-        if entry.type in _DATA["plain"]:
+        if entry.type in DATA["plain"]:
             plain = torch.from_numpy(raw.copy() if entry.begin % 8 else raw)
-            return plain.view(getattr(torch, _DATA["plain"][entry.type]))
+            return plain.view(getattr(torch, DATA["plain"][entry.type]))
         try:
             from gguf import GGMLQuantizationType, dequantize
 
@@ -159,8 +175,8 @@ class GgufFile(Weights):
         """The config.json that transformers needs, from the metadata."""
         prefix = metadata["general.architecture"]
         config: dict[str, Any] = {"architectures": [known["class"]], "model_type": known["type"], "hidden_act": "silu"}
-        keys = {f"{prefix}.{key}": name for key, name in _DATA["config"].items()}
-        keys |= {f"tokenizer.ggml.{key}": name for key, name in _DATA["tokens"].items()}
+        keys = {f"{prefix}.{key}": name for key, name in DATA["config"].items()}
+        keys |= {f"tokenizer.ggml.{key}": name for key, name in DATA["tokens"].items()}
         for key, name in keys.items():
             value = metadata.get(key)
             if value is not None:
@@ -219,7 +235,7 @@ class Assets(Mapping[str, bytes]):
 
     def _all(self) -> dict[str, bytes]:
         if self._files is None:
-            ids = {name: self._config[name] for name in _DATA["tokens"].values() if self._config.get(name) is not None}
+            ids = {name: self._config[name] for name in DATA["tokens"].values() if self._config.get(name) is not None}
             self._files = {
                 "config.json": _json(self._config),
                 "generation_config.json": _json(ids),
@@ -272,16 +288,32 @@ def _halves(rows: "numpy.ndarray", heads: int) -> "numpy.ndarray":
 def _rename(name: str) -> str:
     """The name transformers gives a tensor of the Llama family."""
     layer = _LAYER.fullmatch(name)
-    if layer and layer[2] in _DATA["layer"]:
-        return f"model.layers.{layer[1]}.{_DATA['layer'][layer[2]]}.{layer[3]}"
+    if layer and layer[2] in DATA["layer"]:
+        return f"model.layers.{layer[1]}.{DATA['layer'][layer[2]]}.{layer[3]}"
     stem, _, leaf = name.rpartition(".")
-    return f"{_DATA['tensors'][stem]}.{leaf}" if stem in _DATA["tensors"] else name
+    return f"{DATA['tensors'][stem]}.{leaf}" if stem in DATA["tensors"] else name
 
 
 def _shortest(value: float) -> float:
     """The shortest decimal that is the same in float32, in which the file stores it."""
     candidates = (float(f"{value:.{digits}g}") for digits in range(1, 10))
     return next((c for c in candidates if struct.unpack("f", struct.pack("f", c))[0] == value), value)
+
+
+def raw_metadata(path: Path) -> dict[str, bytes]:
+    """Each key of a file's metadata with its value's bytes, the type in front."""
+    descriptor, state = open_regular(path)
+    try:
+        with mmap.mmap(descriptor, state.st_size, access=mmap.ACCESS_READ) as buffer:
+            cursor, found = _Cursor(buffer, path), {}
+            cursor.skip(16)
+            for _ in range(min(cursor.scalar("Q"), MAX_KEYS)):
+                key, begin = cursor.text(MAX_NAME), cursor.at
+                cursor.value()
+                found[key] = buffer[begin : cursor.at]
+            return found
+    finally:
+        os.close(descriptor)
 
 
 class _Cursor:

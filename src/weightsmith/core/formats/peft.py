@@ -40,7 +40,12 @@ _STARTS = (True, False, "true", "false", "gaussian", "eva", "orthogonal")
 """Ways to start that leave the base model as it is."""
 
 _KEY = re.compile(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)")
-_TASKS = {"ForCausalLM": "CAUSAL_LM", "ForSeq2SeqLM": "SEQ_2_SEQ_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+_TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSeq2SeqLM": "SEQ_2_SEQ_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
 
 
 class Stored(NamedTuple):
@@ -71,7 +76,7 @@ class PeftAdapter(Weights):
     """An adapter's folder, read lazily. Made by `open_adapter`."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], file: Weights):
-        from weightsmith.core.adapter import KEY, described
+        from weightsmith.core.adapter import BASE, KEY, described
         from weightsmith.core.method import card
 
         method = _method(config.get("peft_type"), folder)
@@ -90,7 +95,10 @@ class PeftAdapter(Weights):
             made[weight] = method(**values)
         ours = parse_object(file.origin.metadata.get(KEY, "{}").encode(), "the adapter's description", folder)
         seed = ours["seed"] if isinstance(ours.get("seed"), int) else 0
-        metadata = described(made, seed=seed, modules=modules).metadata
+        kept = {k: v for k, v in file.origin.metadata.items() if k.startswith("weightsmith.") and k != KEY}
+        hashes = ours["base"].get("sha256") if isinstance(ours.get("base"), dict) else None
+        base = {"path": config.get("base_model_name_or_path"), "sha256": hashes or {}}
+        metadata = {**kept, BASE: json.dumps(base), **described(made, seed=seed, modules=modules).metadata}
         self.origin = Origin(str(folder), (str(folder / CONFIG), *file.origin.files), metadata=metadata, format="peft")
 
     def __iter__(self) -> Iterator[str]:
@@ -127,7 +135,7 @@ def save_adapter(
         InputError: the folder is there already.
         MethodError: PEFT has no format for the method.
     """
-    from weightsmith.core.adapter import KEY, description, forms
+    from weightsmith.core.adapter import BASE, KEY, description, forms
     from weightsmith.core.formats.safetensors import content_hash
 
     out, model = Path(path), None
@@ -139,11 +147,21 @@ def save_adapter(
         model, adapter = adapter, theta(adapter)
     made, about = forms(adapter), description(adapter)
     known = base.origin.path if isinstance(base, Weights) else base
+    told = json.loads(adapter.origin.metadata.get(BASE, "{}"))
     known = known or getattr(getattr(model, "config", None), "name_or_path", None)
     hashed = {Path(f).name: content_hash(f) for f in (base.origin.files if isinstance(base, Weights) else ())}
+    hashed = hashed or (told.get("sha256") if not known or str(known) == told.get("path") else None) or {}
+    known = known or told.get("path")
     about["base"] = {"path": str(known) if known else None, "sha256": hashed}
     tensors, transposed = _packed(adapter, about.get("modules") or {})
-    task = next((t for end, t in _TASKS.items() if type(model).__name__.endswith(end)), None)
+    classes = (
+        [type(model).__name__]
+        if model
+        else base.origin.config.get("architectures")
+        if isinstance(base, Weights)
+        else None
+    )
+    task = next((t for end, t in _TASKS.items() for name in classes or () if str(name).endswith(end)), None)
     config = {
         **_config(made),
         "fan_in_fan_out": transposed,
@@ -152,7 +170,9 @@ def save_adapter(
         "task_type": task,
     }
     try:
-        _write(out, tensors, {"format": "pt", KEY: json.dumps(about)}, json.dumps(config, indent=2) + "\n")
+        more = {k: v for k, v in adapter.origin.metadata.items() if k.startswith("weightsmith.") and k != BASE}
+        metadata = {"format": "pt", **more, KEY: json.dumps(about)}
+        _write(out, tensors, metadata, json.dumps(config, indent=2) + "\n")
     except OSError as error:
         raise RunError(error.strerror or str(error), where=error.filename or out, hint="give another output") from error
     return out

@@ -44,6 +44,9 @@ WRAPPERS = (
 )
 """Keys under which training scripts keep a model's state."""
 
+OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""How a file in PyTorch's format before 1.6 starts: it cannot be mapped, so it is read whole, by torch's safe loader."""
+
 MAX_PICKLE, AMPLIFICATION = 100_000_000, 2
 _HINT = "if you trust whoever made it: --allow-pickle; it can run code on your machine"
 _GLOBALS = re.compile(
@@ -147,11 +150,12 @@ def _load(path: Path, allow_pickle: bool) -> Any:
     """What a file holds, its tensors mapped."""
     descriptor, state = open_regular(path)
     with open(descriptor, "rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"
+        head = file.read(len(OLD))
+        zipped = head.startswith(b"PK\x03\x04")
         if zipped:
             _check_zip(file, state.st_size, path, allow_pickle)
-    if not zipped and not allow_pickle:
-        raise FormatError("a pickle in PyTorch's old format, or no PyTorch file", where=path, hint=_HINT)
+    if not zipped and head != OLD and not allow_pickle:
+        raise FormatError("a bare pickle, or no PyTorch file", where=path, hint=_HINT)
     import torch
 
     try:

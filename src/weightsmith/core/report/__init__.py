@@ -14,6 +14,7 @@ from weightsmith.core.errors import FormatError, InputError, RunError
 from weightsmith.core.report.layers import by_layer
 from weightsmith.core.report.records import (
     KINDS,
+    Candidates,
     Claim,
     File,
     Histogram,
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 __all__ = [
-    "KINDS", "Claim", "File", "Histogram", "Layers", "Note", "Record", "Report", "Run", "Score", "Source", "Spectrum",
-    "Step", "by_layer", "terminal_table", "text_table",
+    "KINDS", "Candidates", "Claim", "File", "Histogram", "Layers", "Note", "Record", "Report", "Run", "Score", "Source",
+    "Spectrum", "Step", "by_layer", "terminal_table", "text_table",
 ]  # fmt: skip
 
 LIMIT = 256 << 20
@@ -80,7 +81,7 @@ class Report:
         """Append a record, on disk before this returns.
 
         Args:
-            kind: run, step, score, layers, histogram, spectrum, note, file or claim.
+            kind: run, step, score, layers, histogram, spectrum, candidates, note, file or claim.
             data: its fields; tensors and arrays are welcome.
 
         Raises:

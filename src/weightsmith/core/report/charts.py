@@ -271,6 +271,43 @@ def spectrum(title: str, series: Sequence[Fitted], *, width: float = 420) -> Mar
     return picture(width, bottom + 36, f"Singular values of {title}", about, *marks, kind="spectrum")
 
 
+def scatter(
+    title: str,
+    names: tuple[str, str],
+    points: Sequence[tuple[float, float]],
+    front: Sequence[int] = (),
+    labels: Sequence[str] = (),
+    *,
+    width: float = 470,
+) -> Markup:
+    """A point a candidate on two scales; a line joins the best of them."""
+    known = [point for point in points if all(map(math.isfinite, point))] or [(0.0, 0.0)]
+    left, right, top, bottom = 58, width - 16, 22, 250
+    across, up = zip(*known, strict=True)
+    x, y = (_padded(v, *ends) for v, ends in ((across, (left, right)), (up, (bottom, top))))
+    marks = [axis_y(y, left, right), axis_x(x, top, bottom, names[0]), label(names[1], left, 10, kind="name")]
+    best = [points[i] for i in front if all(map(math.isfinite, points[i]))]
+    marks.append(path([(x(a), y(b)) for a, b in best], "curve s0", "the best"))
+    for i in sorted(range(len(points)), key=lambda i: i in front):
+        a, b = points[i]
+        if math.isfinite(a) and math.isfinite(b):
+            called = labels[i] if i < len(labels) else str(i)
+            tip = f"{called}: {names[0]} {number(a)}, {names[1]} {number(b)}"
+            marks.append(marker(0, x(a), y(b), f"dot s{0 if i in front else 1}", tip, 5 if i in front else 3.5))
+    about = f"{len(known)} candidates, {len(best)} of them on the front: " + "; ".join(
+        f"{number(a)}, {number(b)}" for a, b in best
+    )
+    return picture(width, bottom + 38, title, about, *marks, kind="scatter")
+
+
+def _padded(values: Sequence[float], start: float, end: float) -> Scale:
+    low, high = min(values), max(values)
+    if low > 0 and high / low > 5:
+        return Scale(low / (high / low) ** 0.06, high * (high / low) ** 0.06, start, end, log=True)
+    margin = (high - low or abs(low) or 1.0) * 0.06
+    return Scale(low - margin, high + margin, start, end)
+
+
 def _log_spaced(n: int, count: int = 120) -> list[int]:
     """At most about `count` of the indices below n, dense at the start."""
     if n <= count:

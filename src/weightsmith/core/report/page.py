@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from weightsmith import __version__
-from weightsmith.core.report import Claim, File, Histogram, Layers, Note, Record, Report, Spectrum, charts
+from weightsmith.core.report import Candidates, Claim, File, Histogram, Layers, Note, Record, Report, Spectrum, charts
 from weightsmith.core.report.story import Column, Stage, Story, headline
 from weightsmith.core.report.words import UNSAFE, duration, number, percent, printable, short, size
 
@@ -305,6 +305,22 @@ def _spectra(report: Report, story: Story) -> Iterable[dict[str, Any]]:
         }  # fmt: skip
 
 
+def _candidates(report: Report, story: Story) -> Iterable[dict[str, Any]]:
+    pictures = []
+    for record in report.all(Candidates):
+        names = (record.x, record.y)
+        rows = [
+            [record.labels[i] if i < len(record.labels) else str(i), *map(number, record.points[i])]
+            for i in record.front
+        ]
+        svg = charts.scatter(short(record.name, 120), names, record.points, record.front, record.labels)
+        table = _table(record.name, ["Candidate", f"#{record.x}", f"#{record.y}"], rows)
+        pictures.append({"title": record.name, "svg": svg, "table": table})
+    if pictures:
+        yield {"id": "candidates", "title": "What the search tried", "pictures": pictures,
+               "about": "A point is a candidate; the line joins those that no other is better than."}  # fmt: skip
+
+
 def _left_out(names: list[str]) -> list[dict[str, str]]:
     if len(names) <= PICTURES:
         return []
@@ -408,5 +424,6 @@ def _filled(
     ]
 
 
-SECTIONS = [_filled(build) for build in (_pipeline, _steps, _layers, _histograms, _spectra, _claims, _notes, _lineage)]
+_BUILDERS = (_pipeline, _steps, _candidates, _layers, _histograms, _spectra, _claims, _notes, _lineage)
+SECTIONS = [_filled(build) for build in _BUILDERS]
 """The parts of the page, in order."""

@@ -204,6 +204,37 @@ class Spectrum(Record):
         return (self.name, self.label)
 
 
+class Candidates(Record):
+    """What a search tried: two numbers each, and which of the candidates are the best.
+
+    Args:
+        name: title of the picture.
+        x: what the first numbers are.
+        y: what the second ones are.
+        points: a pair of numbers for each candidate.
+        front: places of the candidates that no other is better than, from left to right.
+        labels: what the candidates are called.
+    """
+
+    kind: Literal["candidates"] = "candidates"
+    name: str
+    x: str
+    y: str
+    points: Annotated[list[tuple[float, float]], Field(min_length=1)]
+    front: list[Natural] = []
+    labels: list[str] = []
+
+    @model_validator(mode="after")
+    def _known(self) -> "Candidates":
+        if any(place >= len(self.points) for place in self.front):
+            raise ValueError(f"front names a candidate beyond the {len(self.points)} there are")
+        return self
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (self.name, self.x, self.y)
+
+
 class Note(Record):
     """Something to tell the reader."""
 
@@ -252,12 +283,15 @@ class Claim(Record):
 
 KINDS: dict[str, type[Record]] = {
     kind.model_fields["kind"].default: kind
-    for kind in (Run, Step, Score, Layers, Histogram, Spectrum, Note, File, Claim)
+    for kind in (Run, Step, Score, Layers, Histogram, Spectrum, Candidates, Note, File, Claim)
 }
 """The kinds of record by name."""
 
 _ANY = TypeAdapter(
-    Annotated[Run | Step | Score | Layers | Histogram | Spectrum | Note | File | Claim, Field(discriminator="kind")]
+    Annotated[
+        Run | Step | Score | Layers | Histogram | Spectrum | Candidates | Note | File | Claim,
+        Field(discriminator="kind"),
+    ]
 )
 
 

@@ -1,0 +1,5 @@
+"""Align: permutations and maps that bring networks or their features into one order."""
+
+from weightsmith.core.method import family
+
+family(__name__)
