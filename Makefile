@@ -41,9 +41,17 @@ claims: install
 
 bench: install
 	$(BIN)/python benchmarks/merge.py --peer-python $(BIN)/python
+	$(BIN)/python benchmarks/merge_methods.py --peer-python $(BIN)/python
+	$(BIN)/python benchmarks/merge_table.py
+	$(BIN)/python benchmarks/planning.py --peer-python $(BIN)/python
+	$(BIN)/python benchmarks/sequential.py
+	$(BIN)/python benchmarks/alignment.py
+	$(BIN)/python benchmarks/extract.py
+	$(BIN)/python benchmarks/transplant.py
 	$(BIN)/python benchmarks/lora.py
 	$(BIN)/python benchmarks/spectra.py
 	$(BIN)/python benchmarks/gptq.py $(if $(LLMCOMPRESSOR),--peer-python $(LLMCOMPRESSOR))
+	$(BIN)/python benchmarks/quantize.py
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/facts.py

@@ -1,4 +1,4 @@
-"""Write the README's measured facts from results/.
+"""Write the measured facts of the README and of docs/merging.md from results/.
 
 python benchmarks/facts.py [--check]
 """
@@ -80,24 +80,86 @@ def claims() -> list[str]:
     return ["", f"Of {sum(count.values())} claims tried, each on three seeds or more: {shown}."] if count else []
 
 
-def main() -> None:
-    table = [
+def merged_experts() -> list[str]:
+    """The table of all methods by tasks: accuracies in per cent, perplexities for the language model."""
+    lines: list[str] = []
+    for name, suite in result("merge_table").get("suites", {}).items():
+        rows = {row: found for row, found in suite["rows"].items() if "mean" in found}
+        tasks = list(next(iter(rows.values()))["tasks"])
+        better = 1 if name == "language" else -1
+        best = sorted(rows, key=lambda row: better * rows[row]["mean"])
+        number = "{:.2f}".format if name == "language" else "{:.1%}".format
+        lines += [
+            "",
+            f"### {SUITES[name]}",
+            "",
+            f"Seeds: {', '.join(map(str, suite['seeds']))}; the spread is over them.",
+            "",
+        ]
+        lines += [
+            f"| | mean | spread | {' | '.join(task.replace('_', ' ') for task in tasks)} |",
+            "|---" * (len(tasks) + 3) + "|",
+        ]
+        for row in best:
+            found = rows[row]
+            cells = [number(found["mean"]), number(found["spread"]), *(number(found["tasks"][task]) for task in tasks)]
+            lines.append(f"| {row.replace('_', ' ') if row.startswith('expert') else row} | {' | '.join(cells)} |")
+        if left := sorted(row for row, found in suite["rows"].items() if "why not" in found):
+            lines += ["", f"Not for so many models, or for this data: {', '.join(left)}."]
+    return lines
+
+
+SUITES = {
+    "mlp": "A multilayer perceptron, six tasks on MNIST (accuracy)",
+    "cnn": "A CNN with batch norm, six tasks on MNIST (accuracy)",
+    "encoder": "all-MiniLM-L6-v2, four tasks on text (accuracy)",
+    "language": "SmolLM2-135M-Instruct, three domains of text (perplexity: lower is better)",
+}
+
+
+def beside_mergekit() -> list[str]:
+    """CPU seconds of every method that mergekit has."""
+    found = result("bench_merge_methods")
+    lines = [
         "",
-        "| | Weightsmith | beside it, on the same machine |",
-        "|---|---|---|",
-        *merging(),
-        *others(),
-        *demo(),
-        *claims(),
-        "",
+        "| | ours, CPU s | mergekit, CPU s | ratio | ours, MiB | mergekit, MiB | values within a step of bf16 |",
+        "|---" * 7 + "|",
     ]
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+    for name, row in found.get("methods", {}).items():
+        ours, peer, near = row["ours"], row["mergekit"], row.get("within an ulp")
+        same = "random" if near is None else f"{near:.1%}"
+        lines.append(
+            f"| {name} | {ours['cpu']:.1f} | {peer['cpu']:.1f} | {row['mergekit cpu / ours']:.1f} | {ours['mib']:.0f} "
+            f"| {peer['mib']:,.0f} | {same} |"
+        )
+    return lines
+
+
+def many_tensors() -> list[str]:
+    """What the number of tensors costs."""
+    rows = result("bench_planning").get("tensors", {})
+    lines = ["", "| tensors | plan, CPU s | merge, CPU s | mergekit, CPU s |", "|---|---|---|---|"]
+    for count, row in rows.items():
+        peer = f"{row['mergekit']['cpu']:.0f}" if "mergekit" in row else ""
+        lines.append(f"| {int(count):,} | {row['plan']['cpu']:.1f} | {row['merge']['cpu']:.1f} | {peer} |")
+    return lines
+
+
+def main() -> None:
+    head = ["", "| | Weightsmith | beside it, on the same machine |", "|---|---|---|"]
+    write("README.md", [*head, *merging(), *others(), *demo(), *claims(), ""])
+    write("docs/merging.md", [*beside_mergekit(), *many_tensors(), *merged_experts(), ""])
+
+
+def write(name: str, lines: list[str]) -> None:
+    """Put the facts between the marks of a page, or say that they are stale."""
+    page = ROOT / name
+    text = page.read_text()
     pattern = re.escape(MARKS[0]) + ".*?" + re.escape(MARKS[1])
-    fresh = re.sub(pattern, lambda _: "\n".join([MARKS[0], *table, MARKS[1]]), text, flags=re.S)
+    fresh = re.sub(pattern, lambda _: "\n".join([MARKS[0], *lines, MARKS[1]]), text, flags=re.S)
     if "--check" in sys.argv and fresh != text:
-        sys.exit("README.md is stale\n\nhint: python benchmarks/facts.py")
-    readme.write_text(fresh)
+        sys.exit(f"{name} is stale\n\nhint: python benchmarks/facts.py")
+    page.write_text(fresh)
 
 
 if __name__ == "__main__":

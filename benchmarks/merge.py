@@ -2,8 +2,9 @@
 
     python benchmarks/merge.py --peer-python PYTHON_THAT_HAS_MERGEKIT [--dir SCRATCH] [--repeats 3]
 
-Every job is a process of its own, in turns with the peer's. CPU seconds are those of the whole process, imports
-included. The floor reads the inputs and writes an output of the same size by plain system calls.
+Every job is a process of its own; ours and the floor take turns, the peer's follow in the same run. CPU seconds are
+those of the whole process, imports included. The floor reads the inputs and writes an output of the same size by plain
+system calls.
 """
 
 import argparse
@@ -27,7 +28,7 @@ JOBS = {
 }
 
 QUICK = ("linear", "task_arithmetic")
-"""Jobs that are repeated: the others take mergekit minutes of CPU, beside which the noise is small."""
+"""Jobs that mergekit repeats: the others take it minutes of CPU, beside which the noise is small."""
 
 
 def make(folder: Path, layers: int) -> None:
@@ -180,18 +181,13 @@ def main() -> None:
         "jobs": {},
     }
     for job in options.jobs:
-        runs: dict[str, list[dict[str, float]]] = {"floor": [], "ours": [], "ours, hashed": [], "mergekit": []}
-        for _ in range(options.repeats if job in QUICK else 1):
+        runs: dict[str, list[dict[str, float]]] = {"floor": [], "ours": [], "ours, hashed": []}
+        for _ in range(options.repeats):
             runs["floor"].append(floor(job, model, scratch / "floor.bin"))
             runs["ours"].append(ours(job, model, out))
             runs["ours, hashed"].append(ours(job, model, out, digest=True))
-            if options.peer_python:
-                runs["mergekit"].append(peers(job, model, scratch / "peer", options.peer_python))
-        row = {name: median(found) for name, found in runs.items() if found}
+        row = {name: median(found) for name, found in runs.items()}
         row["wall / floor"] = round(row["ours"]["wall"] / row["floor"]["wall"], 2)
-        if "mergekit" in row:
-            row["mergekit cpu / ours"] = round(row["mergekit"]["cpu"] / row["ours"]["cpu"], 1)
-            row["mergekit MiB / ours"] = round(row["mergekit"]["mib"] / row["ours"]["mib"], 1)
         result["jobs"][job] = row
         print(job, json.dumps(row, indent=1), flush=True)
     serial = ours("ties", model, scratch / "serial", threads=1)
@@ -205,6 +201,12 @@ def main() -> None:
     if not options.quick:
         prepare(double, 34)
         result["ties, twice the model"] = {k: round(v, 2) for k, v in ours("ties", double, out).items()}
+    for job in options.jobs if options.peer_python else ():
+        times = options.repeats if job in QUICK else 1
+        row = result["jobs"][job]
+        row["mergekit"] = median([peers(job, model, scratch / "peer", options.peer_python) for _ in range(times)])
+        row["mergekit cpu / ours"] = round(row["mergekit"]["cpu"] / row["ours"]["cpu"], 1)
+        row["mergekit MiB / ours"] = round(row["mergekit"]["mib"] / row["ours"]["mib"], 1)
     Path("results/bench_merge.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k != "jobs"}, indent=1))
     if not options.dir:

@@ -130,3 +130,12 @@ def test_greedy_soup_keeps_only_what_helps():
     soup = greedy_soup(models, evaluate)
     assert calls == [10.0, 2.0, 5.0, 3.0, 2.5, 4.0, 6.0]  # each alone, then 3 with 2, with 5, with 5 and 10
     assert float(soup.read("w")) == 4.0
+
+
+def test_the_plan_says_what_becomes_of_batch_norm_statistics():
+    from weightsmith.core.plan import plan
+    from weightsmith.lab.experiments import CNN
+
+    networks = [Memory.of(CNN(4)) for _ in range(2)]
+    assert any("4 running statistics" in w and "align.repair" in w for w in plan(apply("linear", networks)).warnings)
+    assert not any("statistics" in w for w in plan(apply("linear", networks, exclude="*running*")).warnings)

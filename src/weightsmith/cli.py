@@ -75,6 +75,13 @@ class Writing(Reading):
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None, Parameter(help="Store floats in this dtype.")
     ] = None
+    packed: Annotated[bool, Parameter(help="Store a quantiser's codes rather than floats.", negative=())] = False
+    layout: Annotated[
+        Literal["compressed-tensors", "gptq", "awq"] | None, Parameter(help="How packed codes are stored.")
+    ] = None
+    type: Annotated[
+        str | None, Parameter(help="Of a .gguf: the type of matrices, such as q4_0, or a {glob: type} map.")
+    ] = None
     shards: Annotated[str, Parameter(help="Bytes in a shard at most.")] = "5GB"
     jobs: Annotated[int | None, Parameter(name=["--jobs", "-j"], help="Shards worked on at a time.")] = None
     dry_run: Annotated[bool, Parameter(help="Show the plan, read no tensor.", negative=())] = False
@@ -171,6 +178,7 @@ def inspect_(checkpoint: str, *, allow_pickle: bool = False, format: Format = "h
     where
         Globs over tensor names and roles.
     """
+    from weightsmith.core.formats.packed import storage, summary
     from weightsmith.core.plan import human
     from weightsmith.core.weights import open as open_weights
 
@@ -184,13 +192,15 @@ def inspect_(checkpoint: str, *, allow_pickle: bool = False, format: Format = "h
             {"name": s.name, "role": s.role, "layer": s.layer, "shape": list(s.shape), "dtype": s.dtype} for s in specs
         ],
     }  # fmt: skip
-    made = _made_from(weights.origin.path)
+    made, stored = _made_from(weights.origin.path), storage(weights)
     if format == "json":
-        print(json.dumps({**data, "made_from": made}, indent=2))
+        print(json.dumps({**data, "storage": stored.data(), "made_from": made}, indent=2))
         return
     rows = [(s.name, s.role, "x".join(map(str, s.shape)) or "scalar", s.dtype) for s in specs]
     _table(("tensor", "role", "shape", "dtype"), rows, format, None)
     print(f"{weights.origin.format}: {len(specs):,} tensors, {chosen.numel:,} elements, {human(chosen.nbytes)}")
+    if stored.quantised:
+        print(summary(stored))
     for alias, name in weights.origin.ties.items():
         print(_clean(f"`{alias}` is tied to `{name}`"))
     if made:
@@ -516,14 +526,15 @@ def search(
 
 @app.command
 def convert(checkpoint: str, out: str, *, writing: Writing | None = None) -> None:
-    """Convert a checkpoint to safetensors that transformers loads, or a recipe of mergekit's to one of ours.
+    """Convert a checkpoint to safetensors or GGUF, packed codes to another layout, or mergekit's recipe to one of ours.
 
     Parameters
     ----------
     checkpoint
         File, folder or hub id: safetensors, PyTorch, GGUF; or a YAML file.
     out
-        Folder, or file ending in .safetensors; for a recipe, a YAML file; with --dry-run it is printed.
+        Folder, or file ending in .safetensors, .gguf or .planes (without loss, in fewer bytes); for a recipe, a YAML
+        file; with --dry-run it is printed.
     """
     writing = writing or Writing()
     if checkpoint.endswith((".yaml", ".yml")):
@@ -667,7 +678,7 @@ def _method_command(card: dict[str, Any]) -> Callable[..., None]:
     def command(*args: Any, **flags: Any) -> None:
         common, base = flags.pop("common", None) or flags_of(), flags.pop("base", None)
         data = vars(flags.pop("data", None) or Data()) | {
-            name: flags.pop(name, None) for name in (*TEXTS, "out", "tokenizer")
+            name: flags.pop(name, None) for name in (*TEXTS, "out", "tokenizer", "report")
         }
         words = {name for name, hyper in card["hyperparameters"].items() if hyper["type"].get("type") == "string"}
         given = {name: text for name, text in flags.items() if text is not None}
@@ -691,8 +702,11 @@ def _method_command(card: dict[str, Any]) -> Callable[..., None]:
     checkpoints = Annotated[str, Parameter(help=kinds if many else "Checkpoint: file, folder, adapter or hub id.")]
     options: dict[str, Any] = {}
     if flags_of is Applying:
-        told = "Folder, or file ending in .safetensors, to write."
+        told = "Folder, or file ending in .safetensors or .gguf, to write."
         options["out"] = Annotated[str | None, Parameter(name=["--out", "-o"], help=told)]
+    else:
+        told = "HTML file to draw what is measured in, for measures with pictures."
+        options["report"] = Annotated[str | None, Parameter(help=told)]
     if "base" in card["needs"]:
         options["base"] = Annotated[str | None, Parameter(help="The model the others were trained from.")]
     if many and flags_of is Applying:
@@ -740,7 +754,24 @@ def _measure(
         card["id"], models, base=base, where=reading.where, exclude=tuple(reading.exclude), text=data["on"],
         samples=data["samples"], length=data["length"], progress=_steps(card["name"], reading.noisy), values=values,
     )  # fmt: skip
+    _drawn(rows, data["report"], card["name"])
     _readings(rows, reading.format)
+
+
+def _drawn(rows: list[dict[str, Any]], path: str | None, name: str) -> None:
+    """The pictures of a measure as a report, if one is asked for."""
+    import tempfile
+
+    from weightsmith.core.pipeline import draw
+    from weightsmith.core.report import Report
+
+    with tempfile.TemporaryDirectory() as folder:
+        report = Report(Path(folder) / "report.jsonl", title=name)
+        draw(rows, report)
+        if path and len(report) == 1:
+            raise InputError(f"`{name}` draws no pictures", hint="leave out `--report`")
+        if path:
+            report.html(path)
 
 
 def _apply(
@@ -763,7 +794,8 @@ def _apply(
         card["id"], models, base=base, where=applying.where, exclude=tuple(applying.exclude), seed=applying.seed,
         allow_mismatch=applying.allow_mismatch, allow_nonfinite=applying.allow_nonfinite, calibrate=data["calibrate"],
         evaluate=data["evaluate"], samples=data["samples"], length=data["length"], dry=applying.dry_run,
-        progress=_steps(card["name"], applying.noisy), values=values,
+        pack=_packer(out, applying, say=bool(data["calibrate"])), progress=_steps(card["name"], applying.noisy),
+        values=values,
     )  # fmt: skip
     _write(weights, out, applying, {"method": card["id"], **values})
 
@@ -782,6 +814,8 @@ def _check_free(out: str | None, writing: Writing) -> None:
 
 
 def _write(weights: "Weights", out: str | None, writing: Writing, step: dict[str, Any] | None = None) -> None:
+    from weightsmith.core.formats.loaders import can_load
+    from weightsmith.core.formats.packed import storage, summary
     from weightsmith.core.plan import human
     from weightsmith.core.plan import plan as plan_of
     from weightsmith.core.run import save
@@ -789,6 +823,8 @@ def _write(weights: "Weights", out: str | None, writing: Writing, step: dict[str
     _check_free(out, writing)
     if writing.dtype:
         weights = weights.astype(writing.dtype)
+    if pack := _packer(out, writing):
+        weights = pack(weights)
     planned = plan_of(weights, shards=writing.shards, jobs=writing.jobs, digest=writing.digest)
     if step and not planned.steps:
         planned = replace(planned, steps=(step,))
@@ -804,8 +840,31 @@ def _write(weights: "Weights", out: str | None, writing: Writing, step: dict[str
             weights, str(out), shards=writing.shards, jobs=writing.jobs, overwrite=writing.overwrite,
             resume=writing.resume, digest=writing.digest, progress=moved,
         )  # fmt: skip
+    data = {"written": str(path), "tensors": planned.tensors, "bytes": planned.nbytes}
+    if pack:
+        stored = storage(_open(str(path)))
+        data |= {"storage": stored.data(), "loaders": [loader._asdict() for loader in can_load(weights)]}
+        if not writing.quiet:
+            print(summary(stored), file=sys.stderr)
     _table(("written", "tensors", "size"), [(str(path), str(planned.tensors), human(planned.nbytes))], writing.format,
-           {"written": str(path), "tensors": planned.tensors, "bytes": planned.nbytes})  # fmt: skip
+           data)  # fmt: skip
+
+
+def _packer(out: str | None, writing: Writing, *, say: bool = False) -> "Callable[[Weights], Weights] | None":
+    """How the output is stored, where it is not plain safetensors; `say` who could load it at once."""
+    if not (writing.packed or writing.layout or writing.type or str(out).endswith(".gguf")):
+        return None
+    from weightsmith.core.formats.packed import written
+
+    def pack(weights: "Weights") -> "Weights":
+        types = _value("type", writing.type) if writing.type else None
+        made = written(weights, out or "OUT", packed=writing.layout or writing.packed, types=types)
+        if say and not (writing.quiet or writing.dry_run):
+            for note in getattr(made, "notes", ()):
+                print(f"  note     {_clean(note)}", file=sys.stderr)
+        return made
+
+    return pack
 
 
 def _show_untouched(weights: "Weights") -> None:

@@ -62,7 +62,7 @@ def statistics(
     Args:
         model: any module; it is left as it was.
         batches: a tensor, a mapping of keyword arguments, or a pair of input and target, each. Tokens that
-            `attention_mask` masks do not count.
+            `attention_mask` masks do not count; `importance`, in its shape, says what each of the others counts.
         needs: which statistics.
         where: globs over names and roles of the weights to measure for.
         loss: loss(model, batch) for `grad` and `fisher`; by default next-token prediction for token ids, and cross
@@ -386,7 +386,7 @@ def _forward(model: nn.Module, batch: Batch, precision: Precision) -> None:
         if isinstance(batch, Tensor):
             model(batch)
         elif isinstance(batch, Mapping):
-            model(**{name: value for name, value in batch.items() if name != "labels"})
+            model(**{name: value for name, value in batch.items() if name not in ("labels", "importance")})
         else:
             model(*(batch[:-1] if len(batch) > 1 else batch))
 
@@ -437,6 +437,7 @@ class _Inputs:
         self.gram, self.keep = "gram" in needs, keep
         self._sums: dict[tuple[str, ...], _Sums] = {}
         self._mask: Tensor | None = None
+        self._importance: Tensor | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -446,13 +447,14 @@ class _Inputs:
 
     @contextmanager
     def of(self, batch: Batch) -> Iterator[None]:
-        """While a batch is run: its mask counts."""
+        """While a batch is run: its mask and its tokens' importance count."""
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         self._mask = mask.bool() if mask is not None and mask.ndim == 2 and not bool(mask.all()) else None
+        self._importance = batch.get("importance") if isinstance(batch, Mapping) else None
         try:
             yield
         finally:
-            self._mask = None
+            self._mask = self._importance = None
 
     def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def look(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -470,6 +472,8 @@ class _Inputs:
         return self._now
 
     def _measure(self, module: nn.Module, x: Tensor) -> _Sums:
+        if self._importance is not None and x.shape[:2] == self._importance.shape:
+            x = x.float() * (self._importance / self._importance.mean()).sqrt().unsqueeze(-1)
         if self._mask is not None and x.shape[:2] == self._mask.shape:
             x = x[self._mask]
         with torch.autocast(x.device.type, enabled=False):

@@ -60,7 +60,8 @@ def factorise(w: "Tensor", rank: int, energy: float = 1.0, *, rng: "Generator") 
         if found.kept >= energy or len(found.right) == rank or energy == 1:
             return found
         size = 2 * (size - OVERSAMPLE) + OVERSAMPLE
-    return _cut(*torch.linalg.svd(w, full_matrices=False), rank, energy, total)
+    u, s, vh = torch.linalg.svd(w, full_matrices=False)
+    return _cut(u, s, vh, rank, energy, total)
 
 
 def compress(left: "Tensor", right: "Tensor", rank: int, energy: float = 1.0) -> Factors:

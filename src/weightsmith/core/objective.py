@@ -18,6 +18,8 @@ Loss = Callable[[Mapping[str, Tensor]], Tensor]
 def objective(model: nn.Module, batches: Iterable[Batch], loss: Callable[[Any, Batch], Tensor] = default_loss) -> Loss:
     """A model's loss as a function of its tensors: each call takes the next of the batches, in turn.
 
+    Buffers, such as the statistics of batch norms, pass no gradient on.
+
     Args:
         model: whose architecture it is; its own weights are neither used nor changed.
         batches: token ids, pairs of input and target, or whatever `loss` takes.
@@ -35,7 +37,8 @@ def objective(model: nn.Module, batches: Iterable[Batch], loss: Callable[[Any, B
     listed = list(batches)
     if not listed:
         raise InputError("no batch to learn on", hint="give at least one")
-    turn, known = cycle(listed), {*model.state_dict(), *dict(model.named_buffers())}
+    buffers = set(dict(model.named_buffers()))
+    turn, known = cycle(listed), {*model.state_dict(), *buffers}
     model.eval()
 
     def value(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -44,7 +47,8 @@ def objective(model: nn.Module, batches: Iterable[Batch], loss: Callable[[Any, B
                 f"{type(model).__name__} has no such tensors\n{first_few(unknown)}",
                 hint="the tensors' names are those of the live model",
             )
-        return loss(lambda *given, **named: functional_call(model, dict(tensors), given, named), next(turn))
+        state = {name: tensor.detach() if name in buffers else tensor for name, tensor in tensors.items()}
+        return loss(lambda *given, **named: functional_call(model, state, given, named), next(turn))
 
     return value
 

@@ -18,6 +18,7 @@ from weightsmith.core.chat import check as check_template
 from weightsmith.core.chat import with_chat_template
 from weightsmith.core.errors import InputError, MethodError, RecipeError, nearest
 from weightsmith.core.formats import safetensors
+from weightsmith.core.formats.packed import written
 from weightsmith.core.layers import donated, stack
 from weightsmith.core.method import STATISTICS, get
 from weightsmith.core.plan import Plan, staging, step_line
@@ -170,6 +171,7 @@ class Pipeline:
         report.add("run", recipe=self.recipe.resolved(), versions={"weightsmith": __version__})
         results, current = dict(self.models), next(iter(self.models.values()))
         told: dict[str, Any] = {}
+        last = next((s for s in reversed(self.recipe.steps) if not (s.use and get(s.use).kind == "measure")), None)
         for number, step in enumerate(self.recipe.steps, 1):
             name, method = step.as_ or f"{number} {step.title}", get(step.use).id if step.use else step.title
             say(f"step {number} of {len(self.recipe.steps)}: {method}")
@@ -181,8 +183,8 @@ class Pipeline:
             if merges and (told_apart := strangers(models, base)):
                 say(f"warning: {told_apart}")
                 report.add("note", title=f"{name}: no common ancestor", text=told_apart, level="warning")
-            keep = work / str(number) if resume else None
-            current = results[step.as_ or ""] = _stored(_made(step, models, base, keep=keep), step)
+            keep, pack = work / str(number) if resume else None, self._packer if step is last else None
+            current = results[step.as_ or ""] = _stored(_made(step, models, base, keep=keep, pack=pack), step)
             report.add(
                 "step", name=name, method=method, settings=step.with_, inputs=[m.origin.path or "" for m in models]
             )
@@ -216,6 +218,7 @@ class Pipeline:
                 "score", step=name, metric=about.name, on=step.data.text if step.data else "", value=rows[0][about.name]
             )
             return {name: rows[0][about.name]}
+        draw(rows, report)
         report.add("note", title=name, text=json.dumps(rows[:100], default=str))
         return {name: f"{len(rows)} tensors" + (", in the report" if self.recipe.report else "")}
 
@@ -239,7 +242,16 @@ class Pipeline:
             weights = donated(weights, results[write.config_from])
         if template:
             weights = with_chat_template(weights, template, list(self.models.values()))
-        return weights.astype(write.dtype) if write and write.dtype else weights
+        weights = weights.astype(write.dtype) if write and write.dtype else weights
+        return written(weights, write.to, packed=write.packed, types=write.types) if write else weights
+
+    @property
+    def _packer(self) -> Callable[[Weights], Weights] | None:
+        """How a quantiser's codes will be stored, if they will."""
+        write = self.recipe.write
+        if write is None or not (write.packed or write.to.endswith(".gguf")):
+            return None
+        return lambda made: written(made, write.to, packed=write.packed, types=write.types)
 
 
 def _opened(about: str | Model) -> Weights:
@@ -331,6 +343,7 @@ def apply_method(
     length: int = 512,
     sequential: bool = True,
     keep: Path | None = None,
+    pack: Callable[[Weights], Weights] | None = None,
     dry: bool = False,
     progress: Steps | None = None,
     values: Mapping[str, Any],
@@ -345,6 +358,7 @@ def apply_method(
         length: tokens in a chunk.
         sequential: measure each layer after the ones before it have changed, where the method allows it.
         keep: where to keep a result that took measuring, so that a killed run need not measure again.
+        pack: how the result will be stored, if not decoded; called before the work, to refuse what cannot be.
         dry: measure nothing: enough for a plan.
         progress: called with layers done, their number and the last one's name.
         values: the hyperparameters.
@@ -375,9 +389,12 @@ def apply_method(
         return Made(made, made, learned_on)
     promised = {need: Promised(models[0], need) for need in missing}
     view = apply(method, models, base=base, stats={**stats, **promised}, evaluate=score, **options, **values)
+    if pack is not None:
+        pack(view)
     if dry or calibrate is None or not missing or not isinstance(view, Applied):
         return view
     settings = {"text": calibrate, "samples": samples, "length": length, "sequential": sequential}
+    settings |= {"packed": True} if pack else {}
     measured_on = {"calibrate": {**settings, "blake2b": _hash(read_text(calibrate, TRAIN))}}
     if keep:
         key = json.dumps([__version__, view.lineage(safetensors.fingerprint), measured_on], default=str)
@@ -395,7 +412,8 @@ def apply_method(
         stats |= calibration.statistics(calibration.live(models[0]), batches, missing, progress=progress)
         made = apply(method, models, base=base, stats=stats, **options, **values)
     if keep:
-        save(made, keep, digest=False)
+        coded = pack is not None and about.kind == "parametrization"
+        save(written(made, keep, packed=coded), keep, digest=False)
         made = open_weights(keep)
     return Made(made, view, measured_on)
 
@@ -473,6 +491,13 @@ def read_measure(
         if progress:
             progress(done, len(chosen), spec.name)
     return rows
+
+
+def draw(rows: list[dict[str, Any]], report: Any) -> None:
+    """Take the pictures out of a measure's rows and put them into a report."""
+    for row in rows:
+        if drawn := row.pop("picture", None):
+            report.add(**{"name": row["tensor"], **drawn})
 
 
 def _plain(value: Any) -> Any:

@@ -126,7 +126,7 @@ def plan(weights: Weights, *, shards: str | int = "5GB", jobs: int | None = None
     specs = [weights.spec(name) for name in weights]
     warnings, steps = [], []
     kept = _without_ties(weights, specs, warnings)
-    groups = _shards(kept, size(shards))
+    groups = [kept] if hasattr(weights, "header") else _shards(kept, size(shards))
     names = ["model.safetensors"] if len(groups) == 1 else [
         f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)
     ]  # fmt: skip
@@ -176,6 +176,10 @@ def _about(applied: Applied) -> list[str]:
     left = {reason: n for reason, n in left.items() if not reason.endswith(("does not match", "excluded"))}
     if left:
         found.append(f"{applied.id} copies " + ", ".join(f"{n} ({reason})" for reason, n in left.items()))
+    statistics = [n for n in applied if n not in applied.untouched and applied.spec(n).role == "norm.statistic"]
+    if len(applied.models) > 1 and statistics:
+        found.append(f"{len(statistics)} running statistics of batch norms are merged like weights: "
+                     "`align.repair` estimates them anew on data, or resets them")  # fmt: skip
     types = {m.spec(n).dtype for m in applied.models for n in list(m)[:1]}
     if len(types) > 1:
         found.append(f"the inputs have different dtypes ({', '.join(sorted(types))}): the result takes the first one's")

@@ -178,16 +178,20 @@ class Write(_Strict):
     """Where the result goes.
 
     Args:
-        to: folder, or file ending in `.safetensors`.
+        to: folder, or file ending in `.safetensors` or `.gguf`.
         dtype: dtype to store floats in; the input's by default.
         shards: bytes in a shard at most.
         config_from: the model whose config, tokenizer and settings go along; those of the result by default.
+        packed: store a quantiser's codes rather than floats: true, or the layout.
+        types: of a GGUF file, the ggml type of the matrices no quantiser made codes of, or a map from globs to types.
     """
 
     to: str
     dtype: Dtype | None = None
     shards: str = "5GB"
     config_from: str | None = None
+    packed: bool | Literal["compressed-tensors", "gptq", "awq", "gguf"] = False
+    types: str | dict[str, str] | None = None
 
 
 class Span(_Strict):

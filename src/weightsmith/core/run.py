@@ -57,9 +57,10 @@ def save(
     progress: Progress | None = None,
     about: dict[str, Any] | None = None,
 ) -> Path:
-    """Write Weights as safetensors that transformers loads, or as GGUF if `path` ends in `.gguf`.
+    """Write Weights as safetensors that transformers loads, or as what the end of `path` names.
 
-    A path that ends in `.safetensors` or `.gguf` is one file, any other a folder.
+    A path that ends in `.safetensors`, `.gguf` or `.planes` (bit planes, compressed without loss, and not resumed) is
+    one file, any other a folder.
 
     The output appears at `path` only when it is whole. Killed at any moment, the same call goes on where it stopped.
 
@@ -84,9 +85,15 @@ def save(
     out = Path(path).expanduser().absolute()
     if not overwrite and _published(out) is None:
         _check_free(out, path)
+    if out.suffix == ".planes":
+        from weightsmith.core.formats.bitplane import save_planes
+
+        with _readable_errors(out):
+            save_planes(weights, out, overwrite=overwrite)
+        return Path(path)
     single = out.suffix in (".safetensors", ".gguf")
     if out.suffix == ".gguf" or hasattr(weights, "header"):
-        weights, shards = in_gguf(weights, out), "1000TB"
+        weights = in_gguf(weights, out)
     decided = plan(weights, shards=shards, jobs=jobs, digest=digest)
     tasks = single_file(decided.tasks, out.name) if single else decided.tasks
     before = _identities(weights)

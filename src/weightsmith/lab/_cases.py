@@ -54,6 +54,22 @@ class TinyLanguageModel(nn.Module):
         return Output(self.head(self.layers(self.embed(input_ids))))
 
 
+class TinyConvNet(nn.Sequential):
+    """Two convolutions with batch norms, the second with a stride, and a classifier."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__(
+            nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2), nn.BatchNorm2d(6),
+            nn.Flatten(), nn.Linear(24, 5),
+        )  # fmt: skip
+        with torch.no_grad():
+            for name, t in self.state_dict().items():
+                if t.is_floating_point():
+                    value = _normal(t.shape, seed, name) / t[0].numel() ** 0.5
+                    t.copy_(value.exp() if name.endswith("running_var") else value)
+        self.eval()
+
+
 class TinyNetwork(nn.Sequential):
     """Three linear layers with a batch norm, whose hidden units can be permuted; models of one seed are alike."""
 
@@ -103,7 +119,7 @@ def inputs(card: Card, seed: int = 0, shape: tuple[int, ...] = SHAPE, optional: 
             else [_checkpoint(w) for w in many]
         ),
         "channels": lambda: _channels(seed),
-        "model": lambda: TinyLanguageModel(seed),
+        "model": lambda: TinyConvNet(seed) if _takes_images(card) else TinyLanguageModel(seed),
         "params": lambda: [_normal(shape, seed, "params"), _normal(shape[:1], seed, "params")],
         "base": lambda: _checkpoint(center) if card.unit == "models" else center,
         "rng": lambda: torch.Generator().manual_seed(seed),
@@ -116,12 +132,20 @@ def inputs(card: Card, seed: int = 0, shape: tuple[int, ...] = SHAPE, optional: 
         "loss": lambda: _Distance(many[seed % len(many)] if many else center),
         "evaluate": lambda: _Closeness(many[seed % len(many)] if many else center),
         "batch": lambda: (
-            _normal((96, 12), seed, "batch")
+            _normal((6, 2, 8, 8), seed, "batch")
+            if _takes_images(card)
+            else _normal((96, 12), seed, "batch")
             if "channels" in card.needs
             else torch.randint(VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(seed))
         ),
     }
     return {name: given[name]() for name in wanted}
+
+
+def _takes_images(card: Card) -> bool:
+    """Whether its annotation says that the batch holds images."""
+    hints = typing.get_type_hints(card.function, include_extras=True) if "batch" in card.needs else {}
+    return "height width" in getattr(hints.get("batch"), "dim_str", "")
 
 
 def cases(card: Card, count: int = 6) -> Iterator[Case]:
@@ -153,8 +177,11 @@ def values(card: Card, hyper: Hyperparameter, *, ends: bool = True) -> list[Any]
         ends: whether to include the very ends of a range of floats, where methods degenerate by design, and different
             numbers for the models, which break their symmetry.
     """
-    found = [hyper.default]
-    for value in _members(hyper.annotation, hyper, ends):
+    found, members = [hyper.default], _members(hyper.annotation, hyper, ends)
+    inside = typing.get_args(hyper.annotation)
+    if typing.get_origin(hyper.annotation) is tuple and inside[1:] == (...,):
+        members = ((value,) for value in _members(inside[0], replace(hyper, default=None), ends))
+    for value in members:
         try:
             card.validate({hyper.name: value})
         except WeightsmithError:

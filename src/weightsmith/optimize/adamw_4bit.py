@@ -18,11 +18,8 @@ SIGNED = torch.tensor(
 )  # fmt: skip
 """The dynamic map: sign, a power of ten, and the middles of equal parts of what lies between it and the next."""
 
-POSITIVE = torch.arange(1, 17) / 16
-"""The linear map without zero."""
-
-WITH_ZERO = torch.arange(16) / 15
-"""The linear map that the paper warns of."""
+POSITIVE, WITH_ZERO = torch.arange(1, 17) / 16, torch.arange(16) / 15
+"""The linear map without zero, and that which the paper warns of."""
 
 TINY = torch.finfo(torch.float32).tiny
 
@@ -75,10 +72,8 @@ class adamw_4bit(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step; in float32 whatever the parameters' dtype."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

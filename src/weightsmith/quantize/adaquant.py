@@ -50,6 +50,7 @@ class adaquant:
     scale_rate: Annotated[float, Interval(ge=0, le=1)] = 1e-3
     shrink: Annotated[float, Interval(ge=0, lt=1)] = 0.5
 
+    @torch.enable_grad()
     def encode(self, w: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> dict[str, Tensor]:
         """Codes, scales and zero points."""
         w, gram, width = w.detach().float(), gram.detach().float(), w.shape[1]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from weightsmith.core.calibrate import default_loss
 from weightsmith.core.errors import InputError
 
 
@@ -45,20 +46,20 @@ def allocated(
 
 
 def expected_loss(change: Tensor, gram: Tensor, output_grad: float) -> float:
-    r"""What a change of a weight costs, to second order: $\tfrac12 \, \overline{g_y^2} \, \mathrm{tr}(\Delta G \Delta^T)$.
+    r"""What a change of a weight costs to second order, were the gradients of the outputs independent of the inputs.
+
+    $$ \Delta L = \tfrac12 \, \overline{g_y^2} \; \mathrm{tr}(\Delta \, G \, \Delta^\top) $$
 
     Args:
         change: the decoded weight minus the weight.
         gram: mean outer product of the layer's inputs.
-        output_grad: sum over tokens of the mean squared gradient of a sample's loss for one of the layer's outputs.
+        output_grad: mean squared gradient of a token's loss for one of the layer's outputs, from `output_grads`.
     """
     return 0.5 * output_grad * float(((change @ gram) * change).sum())
 
 
 def output_grads(model: torch.nn.Module, batches: list[Tensor], names: list[str]) -> dict[str, float]:
     """For weights of linear layers, what `expected_loss` needs: one backward pass for each batch of token ids."""
-    from weightsmith.core.calibrate import default_loss
-
     total, hooks = dict.fromkeys(names, 0.0), []
     wanted = {p: p.requires_grad for p in model.parameters()}
 
@@ -69,8 +70,8 @@ def output_grads(model: torch.nn.Module, batches: list[Tensor], names: list[str]
         return lambda module, args, y: (y if y.requires_grad else y.requires_grad_()).register_hook(add) and None
 
     try:
-        for name in names:
-            hooks.append(model.get_submodule(name.removesuffix(".weight")).register_forward_hook(listen(name)))
+        modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in names}
+        hooks += [module.register_forward_hook(listen(name)) for name, module in modules.items()]
         model.requires_grad_(False)
         for batch in batches:
             (default_loss(model, batch) * batch[:, 1:].numel()).backward()

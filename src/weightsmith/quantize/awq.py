@@ -30,7 +30,7 @@ class awq:
        a = \arg\min_a \mathrm{tr}\big((w - \hat w) G (w - \hat w)^\top\big) $$
 
     The paper takes the mean of $|x|$ for the size of an input; here it is the root mean square, the diagonal of $G$.
-    The scales stay with the weight, 16 bits an input; `rotation.scaled` folds scales into the norm or layer before.
+    The scales stay with the weight, 16 bits an input; `folding.scaled` folds scales into the norm or layer before.
 
     Args:
         bits: bits of a code.

@@ -1,6 +1,5 @@
 """GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers (Frantar et al., ICLR 2023)."""
 
-import warnings
 from typing import Annotated
 
 import torch
@@ -11,10 +10,7 @@ from torch import Tensor
 from weightsmith.core.laws import levels
 from weightsmith.core.parametrization import parametrization
 from weightsmith.quantize import _grid
-from weightsmith.quantize.refit import refitted
-
-BLOCK = 64
-"""Columns whose updates of the columns beyond them are gathered into one matrix product."""
+from weightsmith.quantize.refit import damped, descended, inverse_factor, refitted, rounded
 
 TRIED = 28
 """Narrower ranges tried."""
@@ -34,7 +30,8 @@ class gptq:
     $$ w_j \leftarrow w_j - \frac{w_i - \hat w_i}{U_{ii}} U_{ij}, \quad j > i $$
 
     The grid of a group is fixed before: of ranges from the weights' own to narrower ones, that with the least error
-    when each input counts as the diagonal of $G$ says. With `refit`, the scales that suit the codes best follow after.
+    when each input counts as the diagonal of $G$ says. Two refinements are not the paper's: `passes` of coordinate
+    descent over the codes, and `refit`, the scales that suit the codes best.
 
     Args:
         bits: bits of a code.
@@ -43,6 +40,7 @@ class gptq:
         act_order: take the columns by falling diagonal of $G$ rather than from left to right.
         damp: lambda in section 3.3: what is added to the diagonal of $G$, relative to its mean.
         shrink: how much of the range the narrowest grid tried leaves out; 0 takes the range as it is.
+        passes: how often to go through the columns again, each code taking what is best while the others stay.
         refit: replace the scales, when the codes are found, by those with the least output error.
 
     Example:
@@ -58,6 +56,7 @@ class gptq:
     act_order: bool = True
     damp: Annotated[float, Interval(gt=0, le=1)] = 0.01
     shrink: Annotated[float, Interval(ge=0, lt=1)] = 0.7
+    passes: Annotated[int, Interval(ge=0, le=16)] = 0
     refit: bool = True
 
     def encode(self, w: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> dict[str, Tensor]:
@@ -69,6 +68,9 @@ class gptq:
         size = self.group_size or w.shape[1]
         group = order // size
         codes = rounded(w.T[order], inverse_factor(gram[order][:, order]), scale.T[group], zero.T[group], self.bits)
+        if self.passes:
+            grids = scale.T[group], zero.T[group]
+            codes = descended(w.T[order], gram[order][:, order], codes, *grids, self.bits, self.passes)
         codes = torch.empty_like(codes).index_copy_(0, order, codes).T.contiguous()
         if self.refit:
             centred = codes - _grid.rows(zero.unsqueeze(2).expand(-1, -1, size), w.shape[1])
@@ -88,52 +90,3 @@ class gptq:
     def stored_bits(self, theta: dict[str, Tensor]) -> int:
         """Bits of theta on disk, codes packed, scales and everything else counted."""
         return _grid.stored_bits(theta, self.bits)
-
-
-def damped(gram: Tensor, damp: float) -> Tensor:
-    """The Gram matrix with its diagonal raised; an input that was never seen counts like the average one."""
-    diagonal = gram.diagonal()
-    mean = diagonal.mean() if bool(diagonal.any()) else torch.ones(())
-    return gram + torch.diag(torch.where(diagonal == 0, mean, mean * damp))
-
-
-def inverse_factor(gram: Tensor) -> Tensor:
-    """Upper triangular U with U^T U the inverse of the Gram matrix; it is damped further if it has none."""
-    flipped, raised = gram.flip(0, 1), 0.0
-    for dtype in (torch.float32, torch.float64, *[torch.float64] * 4):
-        lower, failed = torch.linalg.cholesky_ex(flipped.to(dtype))
-        if not failed:
-            break
-        if dtype == torch.float64:
-            raised = max(raised * 10, 0.01)
-            flipped = gram.flip(0, 1) + raised * torch.diag(gram.diagonal().mean().expand(len(gram)))
-    if raised:
-        warnings.warn(f"a singular Gram matrix: {raised:g} of its mean was added to its diagonal", stacklevel=2)
-    identity = torch.eye(len(gram), dtype=lower.dtype, device=gram.device)
-    return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
-
-
-def rounded(columns: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, bits: int, block: int = BLOCK) -> Tensor:
-    """Codes of columns, each a row here, in the order they are rounded in.
-
-    Args:
-        columns: the weight, transposed.
-        factor: U.
-        scale: each entry's scale.
-        zero: each entry's zero point.
-        bits: bits of a code.
-        block: how many columns' updates of those beyond the block are gathered into one matrix product.
-    """
-    columns, scale, codes = columns.contiguous(), scale.float(), torch.empty_like(columns)
-    low, high = -zero, 2**bits - 1 - zero
-    inverse, pivots = 1 / scale, factor.diagonal().reciprocal().tolist()
-    for begin in range(0, len(columns), block):
-        end = min(begin + block, len(columns))
-        errors = torch.empty_like(columns[begin:end])
-        for i in range(begin, end):
-            code = torch.mul(columns[i], inverse[i], out=codes[i]).round_()
-            torch.clamp(code, low[i], high[i], out=code)
-            error = torch.addcmul(columns[i], code, scale[i], value=-1, out=errors[i - begin]).mul_(pivots[i])
-            columns[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1)
-        columns[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
-    return codes.add_(zero).to(torch.uint8)

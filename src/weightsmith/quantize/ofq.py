@@ -11,6 +11,7 @@ from weightsmith.core.laws import levels
 from weightsmith.core.parametrization import parametrization
 from weightsmith.quantize import _grid
 
+
 @parametrization(
     paper="arXiv:2302.02210",
     laws=[levels()],

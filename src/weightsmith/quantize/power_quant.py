@@ -12,18 +12,17 @@ from weightsmith.core.laws import levels
 from weightsmith.core.parametrization import parametrization
 from weightsmith.quantize import _grid
 
-COARSE, FINE = 0.1, 0.02
-"""Steps of the two searches for an exponent."""
+LEAST = 0.1
+"""The least exponent: below it the levels but for the largest are all but zero."""
 
 
 @parametrization(
     paper="arXiv:2301.09858",
     laws=[levels()],
     roles="attention.*|mlp.*|expert.*|linear|conv*|ssm.input|ssm.output",
-    except_for={"decoding_settles": "the exponent is searched anew, and on fewer levels the error has another minimum"},
 )
 class power_quant:
-    r"""Round a power of each weight, of the exponent that leaves the least error: levels are denser near zero.
+    r"""Round a power of each weight, its exponent the one of least error: levels lie denser near zero.
 
     $$ q = \Big\lfloor (2^{b-1} - 1) \frac{|w|^a}{\max |w|^a} \Big\rceil \mathrm{sign}(w), \quad
        \hat w = \mathrm{sign}(q) \, s \, \Big(\frac{|q|}{2^{b-1} - 1}\Big)^{1/a}, \quad s = \max |w| $$
@@ -37,7 +36,7 @@ class power_quant:
 
     Example:
         >>> form = power_quant(bits=3, exponent=0.5)
-        >>> form.decode(**form.encode(torch.tensor([[9.0, -1.2, 4.2, 0.1]])))
+        >>> form.decode(**form.encode(torch.tensor([[9.0, -1.2, 4.2, 0.1]]))).round()
         tensor([[ 9., -1.,  4.,  0.]])
     """
 
@@ -49,19 +48,43 @@ class power_quant:
         """Codes, a scale for each group, and the exponent."""
         w = w.detach().float()
 
-        def error(exponent: float) -> float:
-            return float((power_decoded(**rounded(w, exponent, self.bits, self.group_size)) - w).square().sum())
+        def made(exponent: float) -> dict[str, Tensor]:
+            return rounded(w, exponent, self.bits, self.group_size)
 
-        return rounded(w, searched(error) if self.exponent is None else self.exponent, self.bits, self.group_size)
+        if self.exponent is not None:
+            return made(self.exponent)
+        return made(searched(lambda a: float((self.decode(**made(a)) - w).square().sum())))
 
     def decode(
         self, codes: UInt8[Tensor, "out in"], scale: Float[Tensor, "out groups"], exponent: Float[Tensor, ""]
     ) -> Float[Tensor, "out in"]:
         """The weight."""
-        return power_decoded(codes, scale, exponent, bits=self.bits, size=self.group_size)
+        return _grid.decoded(codes, scale, 0.0, powers(exponent, self.bits), self.group_size)
 
     def stored_bits(self, theta: dict[str, Tensor]) -> int:
         """Bits of theta on disk, codes packed, scales and the exponent counted."""
         return _grid.stored_bits(theta, self.bits)
 
 
+def rounded(w: Tensor, exponent: float, bits: int, size: int | None) -> dict[str, Tensor]:
+    """Codes, scales and exponent of a weight."""
+    middle = 2 ** (bits - 1)
+    grouped = _grid.groups(w, size)
+    scale = _grid.truncated(grouped.abs().amax(2))
+    x = (grouped / scale.float().unsqueeze(2)).clamp_(-1, 1)
+    codes = (x.abs().pow_(exponent) * (middle - 1)).round_().copysign_(x).add_(middle).to(torch.uint8)
+    return {"codes": _grid.rows(codes, w.shape[1]), "scale": scale, "exponent": torch.tensor(exponent).half()}
+
+
+def powers(exponent: Tensor, bits: int) -> Tensor:
+    """The levels that the codes stand for, the largest being 1; code 0 is not used."""
+    middle = 2 ** (bits - 1)
+    place = torch.arange(-middle, middle, device=exponent.device) / (middle - 1)
+    return place.sign() * place.abs() ** (1 / exponent.float().clamp(LEAST, 1))
+
+
+def searched(error: Callable[[float], float]) -> float:
+    """The exponent of least error, to a fiftieth: the error has one minimum (section 3.2)."""
+    coarse = min((k / 10 for k in range(2, 11)), key=error)
+    near = (coarse + k / 50 for k in range(-4, 5))
+    return min((a for a in near if LEAST <= a <= 1), key=error)

@@ -38,6 +38,10 @@ def open_path(path: str | Path, *, allow_pickle: bool = False, revision: str | N
         from weightsmith.core.formats.gguf import open_gguf
 
         return open_gguf(place)
+    if start == b"WSPLANES":
+        from weightsmith.core.formats.bitplane import PlanesFile
+
+        return PlanesFile(place)
     if place.suffix == ".safetensors" or (
         place.suffix not in _TORCH_SUFFIXES and not start.startswith((b"PK", b"\x80"))
     ):

@@ -4,7 +4,7 @@ Eight 4-bit codes of neighbouring outputs share a word, in the order the kernel 
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from weightsmith.core.errors import FormatError, InputError
 from weightsmith.core.formats.packed import (
@@ -34,7 +34,7 @@ class AWQ(Layout):
 
     name = "awq"
     key = "qweight"
-    kinds = {"qweight": "codes", "qzeros": "zero points", "scales": "scales"}
+    kinds: ClassVar[Mapping[str, str]] = {"qweight": "codes", "qzeros": "zero points", "scales": "scales"}
 
     def refusal(self, shape: tuple[int, ...], scheme: Scheme) -> str | None:
         if scheme.bits != NIBBLE:
@@ -77,7 +77,9 @@ class AWQ(Layout):
     def settings(self, config: Mapping[str, Any], where: object) -> None:
         bits, version = config.get("bits", config.get("w_bit")), config.get("version", "gemm")
         if bits != NIBBLE or not isinstance(version, str) or version.lower() != "gemm":
-            raise FormatError(f"bits = {bits!r}, version = {version!r}: of AWQ's layouts, 4-bit GEMM is read", where=where)
+            raise FormatError(
+                f"bits = {bits!r}, version = {version!r}: of AWQ's layouts, 4-bit GEMM is read", where=where
+            )
 
     def shape(
         self, stem: str, specs: Mapping[str, Spec], part: Callable[[str], "Tensor"], settings: None

@@ -6,7 +6,7 @@ A row of codes is a little-endian string of bits in 32-bit words; so is a column
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from weightsmith.core.errors import FormatError, InputError, first_few
 from weightsmith.core.formats.packed import (
@@ -38,7 +38,7 @@ class CompressedTensors(Layout):
 
     name = "compressed-tensors"
     key = "weight_packed"
-    kinds = {
+    kinds: ClassVar[Mapping[str, str]] = {
         "weight_packed": "codes",
         "weight_scale": "scales",
         "weight_zero_point": "zero points",
@@ -167,9 +167,7 @@ def quantization_config(form: Any, ignore: tuple[str, ...] = ()) -> dict[str, An
     return CompressedTensors().config({"Linear": scheme_of(form)}, ignore)
 
 
-def compressed(
-    weights: Weights, thetas: Mapping[str, Theta], form: Any, how: Layout | None = None
-) -> Packed:
+def compressed(weights: Weights, thetas: Mapping[str, Theta], form: Any, how: Layout | None = None) -> Packed:
     """A checkpoint with some weights packed and a config that says so.
 
     Args:

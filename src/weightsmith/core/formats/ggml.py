@@ -5,7 +5,6 @@ stored as they are where a block type holds them; floats are rounded by the gguf
 tensor of a GGUF file that nothing has changed is copied byte by byte.
 """
 
-import json
 import math
 import re
 import struct
@@ -15,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from weightsmith.core.errors import InputError, first_few, nearest
+from weightsmith.core.errors import InputError, nearest
 from weightsmith.core.formats.files import parse_object
 from weightsmith.core.formats.gguf import DATA, GgufFile, raw_metadata
 from weightsmith.core.formats.packed import Quantised, Scheme, checked, divisor, quantised, scheme_of
-from weightsmith.core.weights import COMPUTABLE, TILE, Cast, Spec, View, Weights, finite
+from weightsmith.core.weights import COMPUTABLE, Cast, Spec, View, Weights, finite
 
 if TYPE_CHECKING:
     import numpy
@@ -85,7 +84,9 @@ class Ggml(Weights):
             if given in self._places:
                 raise InputError(f"two tensors would be called `{given}`", where=name)
             self._places[given] = Place(name, type_, spec.shape, math.prod(spec.shape) // block * size)
-        self._heads = _heads(config) if self.architecture and DATA["architectures"][self.architecture]["permuted"] else {}
+        self._heads = (
+            _heads(config) if self.architecture and DATA["architectures"][self.architecture]["permuted"] else {}
+        )
         self._factors = _rope_factors(config) if self.architecture else None
         if self._factors:
             self._places["rope_freqs.weight"] = Place("", "f32", (len(self._factors),), 4 * len(self._factors))
@@ -104,7 +105,9 @@ class Ggml(Weights):
         told = [f"types: {', '.join(f'{count} {kind}' for kind, count in counts.most_common())}"]
         told += [str(loader) for loader in can_load(self)]
         if any(not scheme.symmetric for scheme in self._schemes.values()):
-            told.append("a block's smallest value is stored in 16 bits instead of a zero point: decoded weights move a bit")
+            told.append(
+                "a block's smallest value is stored in 16 bits instead of a zero point: decoded weights move a bit"
+            )
         if self.rounded:
             told.append(f"kept as floats, {BLOCK} not dividing their rows: {', '.join(self.rounded[:5])}")
         return tuple(told)
@@ -293,7 +296,7 @@ def _blocks(theta: Mapping[str, "Tensor"], scheme: Scheme, kind: str) -> "numpy.
     """Codes and scales as blocks."""
     import numpy as np
 
-    out, width = theta["codes"].shape
+    _out, width = theta["codes"].shape
     repeats = scheme.size(width) // BLOCK
     scale = theta["scale"].repeat_interleave(repeats, 1).reshape(-1, 1)
     codes = theta["codes"].numpy().reshape(-1, BLOCK)
@@ -307,7 +310,7 @@ def _blocks(theta: Mapping[str, "Tensor"], scheme: Scheme, kind: str) -> "numpy.
         else:
             low = -theta["zero"].float() * theta["scale"].float()
             parts.append(low.repeat_interleave(repeats, 1).reshape(-1, 1).half().numpy().view(np.uint8))
-        parts.append(codes[:, :16] | codes[:, 16:] << 4)
+        parts.append((codes[:, :16] | codes[:, 16:] << 4).astype(np.uint8))
     return np.concatenate(parts, axis=1)
 
 
@@ -321,7 +324,7 @@ def _encoded(tensor: "Tensor", kind: str) -> "numpy.ndarray":
         from gguf import GGMLQuantizationType, quantize
     except ImportError:
         raise InputError(f"rounding to {kind} needs the package gguf", hint="pip install weightsmith[gguf]") from None
-    return quantize(tensor.reshape(-1, BLOCK).contiguous().numpy(), GGMLQuantizationType[kind.upper()])
+    return quantize(tensor.reshape(1, -1).contiguous().numpy(), GGMLQuantizationType[kind.upper()])
 
 
 def _bytes(tensor: "Tensor") -> "numpy.ndarray":
@@ -335,8 +338,8 @@ def _width(kind: str) -> int:
 
 
 def _heads(config: Mapping[str, Any]) -> dict[str, int]:
-    heads = config.get("num_attention_heads")
-    found = {"q": heads, "k": config.get("num_key_value_heads") or heads}
+    heads: Any = config.get("num_attention_heads")
+    found: dict[str, Any] = {"q": heads, "k": config.get("num_key_value_heads") or heads}
     if not all(type(count) is int and count > 0 for count in found.values()):
         raise InputError("the config lacks `num_attention_heads`, which the order of rows depends on")
     return found
@@ -377,9 +380,11 @@ def _described(config: Mapping[str, Any]) -> dict[str, Any]:
     known = {**config, "rope_theta": rope.get("rope_theta", 10000.0)}
     known.setdefault("num_key_value_heads", config.get("num_attention_heads"))
     keys = {key: known[name] for key, name in DATA["config"].items() if known.get(name) is not None}
-    keys = {key: float(v) if key in ("rope.freq_base", "attention.layer_norm_rms_epsilon") else v for key, v in keys.items()}
-    size = _head_size(config)
-    keys |= {"rope.dimension_count": size, "attention.key_length": size, "attention.value_length": size}
+    keys = {
+        key: float(v) if key in ("rope.freq_base", "attention.layer_norm_rms_epsilon") else v for key, v in keys.items()
+    }
+    keys["rope.dimension_count"] = _head_size(config)
+    keys |= {"attention.value_length": config["head_dim"]} if config.get("head_dim") else {}
     kind = rope["rope_type"]
     if kind in ("linear", "yarn"):
         keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
@@ -407,7 +412,7 @@ def _tokenizer(assets: Mapping[str, Path | bytes], config: Mapping[str, Any]) ->
     count = max(config.get("vocab_size") or 0, max(names) + 1)
     types = {token["id"]: _CONTROL if token.get("special") else _USER for token in added}
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    keys = {
+    keys: dict[str, Any] = {
         "model": "gpt2",
         "pre": pre,
         "tokens": [names.get(i, f"[PAD{i}]") for i in range(count)],

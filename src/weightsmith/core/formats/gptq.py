@@ -9,9 +9,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from weightsmith.core.errors import FormatError, first_few
+from weightsmith.core.errors import FormatError
 from weightsmith.core.formats.packed import (
     Codes,
     Layout,
@@ -38,6 +38,7 @@ class Settings(NamedTuple):
     bits: int
     group_size: int | None
     added: int
+    symmetric: bool
     mixed: bool
 
 
@@ -46,7 +47,12 @@ class GPTQ(Layout):
 
     name = "gptq"
     key = "qweight"
-    kinds = {"qweight": "codes", "qzeros": "zero points", "scales": "scales", "g_idx": "indices"}
+    kinds: ClassVar[Mapping[str, str]] = {
+        "qweight": "codes",
+        "qzeros": "zero points",
+        "scales": "scales",
+        "g_idx": "indices",
+    }
 
     def refusal(self, shape: tuple[int, ...], scheme: Scheme) -> str | None:
         out, width = shape
@@ -104,7 +110,8 @@ class GPTQ(Layout):
                               where=where, hint=f"read are {', '.join(map(str, WIDTHS))} bits")  # fmt: skip
         if kind not in ("gptq", "gptq_v2"):
             raise FormatError(f"checkpoint_format = {kind!r}: read are gptq and gptq_v2", where=where)
-        return Settings(bits, None if size == -1 else size, int(kind == "gptq"), bool(config.get("dynamic")))
+        return Settings(bits, None if size == -1 else size, int(kind == "gptq"), config.get("sym") is True,
+                        bool(config.get("dynamic")))  # fmt: skip
 
     def shape(
         self, stem: str, specs: Mapping[str, Spec], part: Callable[[str], "Tensor"], settings: Settings
@@ -119,7 +126,7 @@ class GPTQ(Layout):
         if rows * 32 % bits or not width or out * bits % 32:
             raise FormatError(f"{list(words.shape)} words hold no whole number of {bits}-bit codes", where=stem)
         size = -(-width // groups) if settings.mixed or settings.group_size is None else settings.group_size
-        return (out, width), Scheme(bits, size, symmetric=False)
+        return (out, width), Scheme(bits, size, settings.symmetric)
 
     def unpack(
         self, part: Callable[[str], "Tensor"], shape: tuple[int, int], scheme: Scheme, settings: Settings
@@ -146,7 +153,9 @@ class GPTQ(Layout):
 
 def _exceptions(schemes: Mapping[str, Scheme], common: Scheme, ignore: Iterable[str]) -> dict[str, Any]:
     """What GPTQModel calls dynamic: modules left alone, and those of other bits or groups."""
-    left = {f"-:^{re.escape(name)}$": {} for name in ignore if name.rpartition(".")[2] not in ("lm_head", "embed_tokens")}
+    left = {
+        f"-:^{re.escape(name)}$": {} for name in ignore if name.rpartition(".")[2] not in ("lm_head", "embed_tokens")
+    }
     other = {
         f"+:^{re.escape(name)}$": {"bits": s.bits, "group_size": s.group_size or -1}
         for name, s in schemes.items()

@@ -64,7 +64,9 @@ def vllm(layout: str, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[
         elif scheme.group_size not in (*MARLIN_GROUPS, width):
             wrong[name] = f"its kernels take groups of 32, 64, 128 or a row, not of {scheme.group_size}"
         elif out % MARLIN_OUT or width % MARLIN_IN:
-            wrong[name] = f"its kernels take multiples of {MARLIN_OUT} outputs and {MARLIN_IN} inputs, not {out} x {width}"
+            wrong[name] = (
+                f"its kernels take multiples of {MARLIN_OUT} outputs and {MARLIN_IN} inputs, not {out} x {width}"
+            )
     if not wrong:
         return Loader("vLLM", True, "with its Marlin kernels")
     name, reason = next(iter(wrong.items()))

@@ -11,13 +11,12 @@ from pathlib import Path
 from threading import local
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from weightsmith.core.errors import FormatError, InputError, first_few
-from weightsmith.core.weights import BITS, COMPUTABLE, Memory, Origin, Spec, View, Weights
+from weightsmith.core.errors import FormatError, InputError
+from weightsmith.core.weights import COMPUTABLE, Memory, Origin, Spec, View, Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from weightsmith.core.apply import Applied
 
 Theta = Mapping[str, "Tensor"]
 Shapes = dict[str, tuple[tuple[int, ...], str]]
@@ -174,6 +173,18 @@ def indivisible(width: int, scheme: Scheme) -> str | None:
     return None
 
 
+class Stored(NamedTuple):
+    """In place of a quantiser, for codes that come from a file."""
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+
+    def decode(self, codes: "Tensor", scale: "Tensor", zero: "Tensor | None" = None) -> "Tensor":
+        """The weight."""
+        return Codes(codes, scale, 2.0 ** (self.bits - 1) if zero is None else zero).decode()
+
+
 class Encoded(Memory):
     """A model quantised in memory that remembers its codes, so that it can be written packed.
 
@@ -215,10 +226,21 @@ def quantised(weights: Weights) -> Quantised:
         inner = inner.source
     if isinstance(inner, Encoded):
         return Quantised(inner.forms, inner.encode)
+    if isinstance(inner, Unpacked):
+        return Quantised({name: Stored(*scheme) for name, scheme in inner.schemes.items()}, inner.theta)
     if isinstance(inner, Applied) and inner.card.kind == "parametrization":
         return Quantised({n: inner.form(n) for n in inner if n not in inner.untouched}, inner.encode)
     raise InputError("these weights do not come straight from a quantiser, so there are no codes to store",
                      where=weights.origin.path, hint="quantise in the last step that changes weights")  # fmt: skip
+
+
+def rounded_twice(weights: Weights) -> list[str]:
+    """A note on each input whose weights have few bits already."""
+    from weightsmith.core.formats.gguf import GgufFile
+
+    few = [w for w in weights.sources() if "quantization_config" in w.origin.config]
+    few += [w for w in weights.sources() if isinstance(w, GgufFile) and any(map(w.kinds, w))]
+    return [f"{w.origin.path} is quantised already: its weights are rounded a second time" for w in few]
 
 
 class Packed(Weights):
@@ -293,9 +315,8 @@ class Packed(Weights):
         from weightsmith.core.formats.loaders import can_load
 
         told = [str(loader) for loader in can_load(self)]
-        again = [w for w in self.weights.sources() if w.origin.format in ("gguf", "packed")]
-        if again:
-            told.append(f"{again[0].origin.path} is quantised already: its weights are rounded a second time")
+        if not any(isinstance(form, Stored) for form in self._forms.values()):
+            told += rounded_twice(self.weights)
         if self.plain:
             told.append(f"stored decoded, being no linear layers: {', '.join(list(self.plain)[:5])}")
         return tuple(told)
@@ -313,7 +334,7 @@ class Packed(Weights):
         return (self.weights,)
 
     def lineage(self, identify: Callable[[str], Any]) -> dict[str, Any]:
-        return {"packed": self.layout.name, **self.about, "from": [self.weights.lineage(identify)]}
+        return {"view": "packed", "layout": self.layout.name, **self.about, "from": [self.weights.lineage(identify)]}
 
     def read(self, name: str) -> "Tensor":
         source, part = self._places[name]
@@ -379,14 +400,12 @@ class Unpacked(Weights):
         FormatError: the config or the shapes contradict each other.
     """
 
-    def __init__(
-        self, packed: Weights, how: Layout, dtype: str | None = None, config: Mapping[str, Any] | None = None
-    ):
+    def __init__(self, packed: Weights, how: Layout, dtype: str | None = None, config: Mapping[str, Any] | None = None):
         kept = dict(packed.origin.config)
         found = kept.pop("quantization_config", {})
         self.packed, self.layout, self.dtype = packed, how, dtype
         self.settings = how.settings(found if config is None else config, packed.origin.path)
-        self.origin = replace(packed.origin, config=kept)
+        self.origin = replace(packed.origin, config=kept, format=how.name)
         self._names: dict[str, str | None] = {}
         stems = {stem for name in packed for stem, _, part in [name.rpartition(".")] if part == how.key}
         for name in packed:
@@ -444,6 +463,31 @@ class Unpacked(Weights):
         """Codes, scales and zero points of a packed weight."""
         stem, (shape, scheme) = self._names[name], self._shapes[name]
         return self.layout.unpack(self._part(str(stem)), shape, scheme, self.settings)
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """How each packed weight is rounded."""
+        return {name: scheme for name, (_, scheme) in self._shapes.items()}
+
+    def theta(self, name: str) -> dict[str, "Tensor"]:
+        """Codes, scales and zero points of a packed weight, as a quantiser gives them.
+
+        Raises:
+            FormatError: its groups are not of neighbours, or zero points contradict the config.
+        """
+        import torch
+
+        found, (shape, scheme) = self.codes(name), self._shapes[name]
+        if found.group is not None and not torch.equal(
+            found.group.long(), torch.arange(shape[1]) // scheme.size(shape[1])
+        ):
+            raise FormatError("its groups are in activation order", where=name, hint="write it decoded")
+        theta = {"codes": found.codes, "scale": found.scale}
+        if not scheme.symmetric and not isinstance(found.zero, float):
+            return {**theta, "zero": found.zero.to(torch.uint8)}
+        if not isinstance(found.zero, float) and bool((found.zero != 2 ** (scheme.bits - 1)).any()):
+            raise FormatError("it has zero points and the config says it has none", where=name)
+        return theta
 
     def read(self, name: str) -> "Tensor":
         if self._names[name] is None:
@@ -514,7 +558,7 @@ def storage(weights: Weights) -> Storage:
     kinds = dict.fromkeys(KINDS, 0)
     quantised, few = 0, 0
     for name, numel, embedding, parts in _stored(weights):
-        if parts:
+        if "codes" in parts:
             quantised += numel
             few += sum(parts.values())
         for kind, count in parts.items() or [("rest", weights.spec(name).nbytes)]:
@@ -527,6 +571,7 @@ def storage(weights: Weights) -> Storage:
 
 def _stored(weights: Weights) -> Iterator[tuple[str, int, bool, dict[str, int]]]:
     """Of each weight: its name, its elements, whether it is the embedding, and bytes by kind if it is packed."""
+    from weightsmith.core.formats.bitplane import PlanesFile
     from weightsmith.core.formats.gguf import GgufFile
 
     packed, layouts = weights, getattr(weights, "layout", None)
@@ -536,7 +581,7 @@ def _stored(weights: Weights) -> Iterator[tuple[str, int, bool, dict[str, int]]]
     for name in source:
         spec = source.spec(name)
         embedding = spec.role.startswith(("embedding", "head"))
-        if isinstance(weights, GgufFile):
+        if isinstance(weights, GgufFile | PlanesFile):
             yield name, spec.numel, embedding, weights.kinds(name)
             continue
         stem, parts = name.removesuffix("weight"), {}
@@ -554,3 +599,33 @@ def summary(found: Storage) -> str:
     kinds = ", ".join(f"{kind} {human(count)}" for kind, count in found.kinds.items())
     few = f"; {found.width:.3f} of each of the {found.quantised:,} quantised" if found.quantised else ""
     return f"{found.bits:.3f} bits a weight with everything{few}\n{kinds}"
+
+
+def written(
+    weights: Weights, out: str | Path, *, packed: bool | str = False, types: str | Mapping[str, str] | None = None
+) -> Weights:
+    """The Weights as a file or folder of the kind asked for holds them; nothing is read.
+
+    Args:
+        weights: a checkpoint, straight from a quantiser if it is to be packed.
+        out: what ends in `.gguf` is a GGUF file.
+        packed: store codes rather than floats: True, or the layout: compressed-tensors (the default), gptq or awq.
+        types: ggml types of a GGUF file, as for `formats.ggml.Ggml`.
+
+    Raises:
+        InputError: the weights cannot be stored so.
+    """
+    if Path(out).suffix == ".gguf" or packed == "gguf":
+        from weightsmith.core.formats.ggml import Ggml
+
+        if packed not in (False, True, "gguf") or Path(out).suffix != ".gguf":
+            hint = f"write to {out}.gguf" if packed == "gguf" else "leave the layout out, or write to a folder"
+            raise InputError(
+                f"layout = {packed}: a GGUF file ends in .gguf and has its own layout", where=out, hint=hint
+            )
+        return Ggml(weights, types)
+    if types is not None:
+        raise InputError("types are for GGUF files", where=out, hint="write to a file ending in .gguf")
+    if not packed:
+        return weights
+    return Packed(weights, layout("compressed-tensors" if packed is True else packed))

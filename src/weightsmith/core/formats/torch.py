@@ -45,7 +45,7 @@ WRAPPERS = (
 """Keys under which training scripts keep a model's state."""
 
 OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""How a file in PyTorch's format before 1.6 starts: it cannot be mapped, so it is read whole, by torch's safe loader."""
+"""How a file in PyTorch's format before 1.6 starts: it cannot be mapped, so torch's safe loader reads it whole."""
 
 MAX_PICKLE, AMPLIFICATION = 100_000_000, 2
 _HINT = "if you trust whoever made it: --allow-pickle; it can run code on your machine"

@@ -1,7 +1,7 @@
 """The pictures of a report: each takes plain numbers and gives one SVG."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -277,17 +277,22 @@ def scatter(
     points: Sequence[tuple[float, float]],
     front: Sequence[int] = (),
     labels: Sequence[str] = (),
+    curves: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     *,
     width: float = 470,
 ) -> Markup:
-    """A point a candidate on two scales; a line joins the best of them."""
+    """A point a candidate on two scales; a line joins the best of them, dashed ones are what to compare them with."""
     known = [point for point in points if all(map(math.isfinite, point))] or [(0.0, 0.0)]
+    lines = {name: [p for p in line if all(map(math.isfinite, p))] for name, line in (curves or {}).items()}
     left, right, top, bottom = 58, width - 16, 22, 250
-    across, up = zip(*known, strict=True)
+    across, up = zip(*known, *(p for line in lines.values() for p in line), strict=True)
     x, y = (_padded(v, *ends) for v, ends in ((across, (left, right)), (up, (bottom, top))))
     marks = [axis_y(y, left, right), axis_x(x, top, bottom, names[0]), label(names[1], left, 10, kind="name")]
     best = [points[i] for i in front if all(map(math.isfinite, points[i]))]
     marks.append(path([(x(a), y(b)) for a, b in best], "curve s0", "the best"))
+    for k, (name, line) in enumerate(lines.items(), 2):
+        marks.append(path([(x(a), y(b)) for a, b in line], f"fit s{k % 8}", name))
+        marks.append(label(name, left + 12, top + 16 * (k - 1), kind=f"key s{k % 8}", limit=44))
     for i in sorted(range(len(points)), key=lambda i: i in front):
         a, b = points[i]
         if math.isfinite(a) and math.isfinite(b):

@@ -306,16 +306,21 @@ def _spectra(report: Report, story: Story) -> Iterable[dict[str, Any]]:
 
 
 def _candidates(report: Report, story: Story) -> Iterable[dict[str, Any]]:
-    pictures = []
+    pictures, compared = [], []
     for record in report.all(Candidates):
         names = (record.x, record.y)
         rows = [
             [record.labels[i] if i < len(record.labels) else str(i), *map(number, record.points[i])]
             for i in record.front
         ]
-        svg = charts.scatter(short(record.name, 120), names, record.points, record.front, record.labels)
+        svg = charts.scatter(short(record.name, 120), names, record.points, record.front, record.labels, record.curves)
         table = _table(record.name, ["Candidate", f"#{record.x}", f"#{record.y}"], rows)
-        pictures.append({"title": record.name, "svg": svg, "table": table})
+        (compared if record.curves else pictures).append({"title": record.name, "svg": svg, "table": table})
+    if compared:
+        yield {"id": "settings", "title": "Settings and bounds", "pictures": compared[:PICTURES],
+               "notes": _left_out([shown["title"] for shown in compared]),
+               "about": "A point is a setting; the line joins those that no other is better than, dashed lines are "
+               "bounds."}  # fmt: skip
     if pictures:
         yield {"id": "candidates", "title": "What the search tried", "pictures": pictures,
                "about": "A point is a candidate; the line joins those that no other is better than."}  # fmt: skip

@@ -214,6 +214,7 @@ class Candidates(Record):
         points: a pair of numbers for each candidate.
         front: places of the candidates that no other is better than, from left to right.
         labels: what the candidates are called.
+        curves: lines to compare them with, such as bounds: name -> points.
     """
 
     kind: Literal["candidates"] = "candidates"
@@ -223,6 +224,7 @@ class Candidates(Record):
     points: Annotated[list[tuple[float, float]], Field(min_length=1)]
     front: list[Natural] = []
     labels: list[str] = []
+    curves: dict[str, list[tuple[float, float]]] = {}
 
     @model_validator(mode="after")
     def _known(self) -> "Candidates":
