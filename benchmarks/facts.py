@@ -1,4 +1,4 @@
-"""Write the measured facts of the README and of docs/merging.md from results/.
+"""Write the measured facts of the README, docs/merging.md and docs/quantizing.md from results/.
 
 python benchmarks/facts.py [--check]
 """
@@ -145,10 +145,25 @@ def many_tensors() -> list[str]:
     return lines
 
 
+def quantizers() -> list[str]:
+    """The table of solvers."""
+    lines = ["", "| | bits | perplexity | CPU s | CPU µs a weight | peak MiB |", "|---" * 6 + "|"]
+    for name, row in sorted(result("bench_quantize").get("rows", {}).items(), key=lambda kv: kv[1].get("bits", 0)):
+        cells = (
+            (f"{row['cpu']:.1f}", f"{row['us_per_weight']:.3f}", f"{row['peak_mib']:.0f}")
+            if "cpu" in row
+            else ("",) * 3
+        )
+        cost = " | ".join(cells)
+        lines.append(f"| {name} | {row['bits']:.2f} | {row['perplexity']:,.2f} | {cost} |")
+    return lines
+
+
 def main() -> None:
     head = ["", "| | Weightsmith | beside it, on the same machine |", "|---|---|---|"]
     write("README.md", [*head, *merging(), *others(), *demo(), *claims(), ""])
     write("docs/merging.md", [*beside_mergekit(), *many_tensors(), *merged_experts(), ""])
+    write("docs/quantizing.md", [*quantizers(), ""])
 
 
 def write(name: str, lines: list[str]) -> None:

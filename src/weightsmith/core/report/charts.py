@@ -284,10 +284,10 @@ def scatter(
     """A point a candidate on two scales; a line joins the best of them, dashed ones are what to compare them with."""
     known = [point for point in points if all(map(math.isfinite, point))] or [(0.0, 0.0)]
     lines = {name: [p for p in line if all(map(math.isfinite, p))] for name, line in (curves or {}).items()}
-    left, right, top, bottom = 58, width - 16, 22, 250
+    left, right, top, bottom = 58, width - 16, 26, 254
     across, up = zip(*known, *(p for line in lines.values() for p in line), strict=True)
     x, y = (_padded(v, *ends) for v, ends in ((across, (left, right)), (up, (bottom, top))))
-    marks = [axis_y(y, left, right), axis_x(x, top, bottom, names[0]), label(names[1], left, 10, kind="name")]
+    marks = [axis_y(y, left, right), axis_x(x, top, bottom, names[0]), label(names[1], left, top - 8, kind="name")]
     best = [points[i] for i in front if all(map(math.isfinite, points[i]))]
     marks.append(path([(x(a), y(b)) for a, b in best], "curve s0", "the best"))
     for k, (name, line) in enumerate(lines.items(), 2):
