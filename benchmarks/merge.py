@@ -2,9 +2,9 @@
 
     python benchmarks/merge.py --peer-python PYTHON_THAT_HAS_MERGEKIT [--dir SCRATCH] [--repeats 3]
 
-Every job is a process of its own; ours and the floor take turns, the peer's follow in the same run. CPU seconds are
-those of the whole process, imports included. The floor reads the inputs and writes an output of the same size by plain
-system calls.
+Every job is a process of its own, in turns with the peer's. CPU seconds are those of the whole process, imports
+included. The floor reads the inputs and writes an output of the same size by plain system calls. Jobs that are not
+asked for keep the figures of their last run.
 """
 
 import argparse
@@ -26,6 +26,8 @@ JOBS = {
     "ties": ("ties", ["--density", "0.2"], {"weight": 1.0, "density": 0.2}),
     "dare_ties": ("dare_ties", ["--density", "0.5"], {"weight": 1.0, "density": 0.5}),
 }
+
+FILE = Path("results/bench_merge.json")
 
 QUICK = ("linear", "task_arithmetic")
 """Jobs that mergekit repeats: the others take it minutes of CPU, beside which the noise is small."""
@@ -167,50 +169,48 @@ def main() -> None:
     parser.add_argument("--dir", help="scratch folder with 20 GB free", default=None)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--jobs", nargs="*", default=list(JOBS))
-    parser.add_argument("--quick", action="store_true", help="ours and the floor only")
+    parser.add_argument("--quick", action="store_true", help="only the jobs, not the larger merges")
     options = parser.parse_args()
     from weightsmith.lab import environment
 
     scratch = Path(options.dir or tempfile.mkdtemp(prefix="weightsmith-bench-"))
     model, double, out = scratch / "1.2b", scratch / "2.4b", scratch / "out"
     prepare(model, 16)
-    result = {
-        "environment": environment(),
-        "repeats": options.repeats,
-        "load": round(os.getloadavg()[0], 1),
-        "jobs": {},
-    }
+    kept = json.loads(FILE.read_text()) if FILE.exists() else {"jobs": {}}
+    result = {**kept, "environment": environment(), "repeats": options.repeats, "load": round(os.getloadavg()[0], 1)}
     for job in options.jobs:
-        runs: dict[str, list[dict[str, float]]] = {"floor": [], "ours": [], "ours, hashed": []}
-        for _ in range(options.repeats):
+        runs: dict[str, list[dict[str, float]]] = {"floor": [], "ours": [], "ours, hashed": [], "mergekit": []}
+        for turn in range(options.repeats):
             runs["floor"].append(floor(job, model, scratch / "floor.bin"))
             runs["ours"].append(ours(job, model, out))
             runs["ours, hashed"].append(ours(job, model, out, digest=True))
-        row = {name: median(found) for name, found in runs.items()}
+            if options.peer_python and (job in QUICK or not turn):
+                runs["mergekit"].append(peers(job, model, scratch / "peer", options.peer_python))
+        row = {name: median(found) for name, found in runs.items() if found}
         row["wall / floor"] = round(row["ours"]["wall"] / row["floor"]["wall"], 2)
+        if "mergekit" in row:
+            row["mergekit cpu / ours"] = round(row["mergekit"]["cpu"] / row["ours"]["cpu"], 1)
+            row["mergekit MiB / ours"] = round(row["mergekit"]["mib"] / row["ours"]["mib"], 1)
         result["jobs"][job] = row
         print(job, json.dumps(row, indent=1), flush=True)
-    serial = ours("ties", model, scratch / "serial", threads=1)
-    hashes = [sorted((p.name, sha256(p)) for p in d.glob("*.safetensors")) for d in (scratch / "serial", out)]
-    ours("ties", model, out, threads=2)
-    hashes[1] = sorted((p.name, sha256(p)) for p in out.glob("*.safetensors"))
-    result["serial and threaded give the same bytes"] = hashes[0] == hashes[1]
-    result["ties, one worker"] = {k: round(v, 2) for k, v in serial.items()}
-    many = eight(model)
-    result["ties, eight models"] = {k: round(v, 2) for k, v in ours("ties", model, out, models=many).items()}
     if not options.quick:
-        prepare(double, 34)
-        result["ties, twice the model"] = {k: round(v, 2) for k, v in ours("ties", double, out).items()}
-    for job in options.jobs if options.peer_python else ():
-        times = options.repeats if job in QUICK else 1
-        row = result["jobs"][job]
-        row["mergekit"] = median([peers(job, model, scratch / "peer", options.peer_python) for _ in range(times)])
-        row["mergekit cpu / ours"] = round(row["mergekit"]["cpu"] / row["ours"]["cpu"], 1)
-        row["mergekit MiB / ours"] = round(row["mergekit"]["mib"] / row["ours"]["mib"], 1)
-    Path("results/bench_merge.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({k: v for k, v in result.items() if k != "jobs"}, indent=1))
+        result |= larger(model, double, scratch)
+    FILE.write_text(json.dumps(result, indent=2) + "\n")
     if not options.dir:
         shutil.rmtree(scratch)
+
+
+def larger(model: Path, double: Path, scratch: Path) -> dict[str, object]:
+    """What more models, a larger one, and one worker cost."""
+    out, serial = scratch / "out", scratch / "serial"
+    found: dict[str, object] = {"ties, one worker": ours("ties", model, serial, threads=1)}
+    found["ties, eight models"] = ours("ties", model, out, models=eight(model))
+    prepare(double, 34)
+    found["ties, twice the model"] = ours("ties", double, out)
+    ours("ties", model, out, threads=2)
+    hashes = [sorted((p.name, sha256(p)) for p in d.glob("*.safetensors")) for d in (serial, out)]
+    shown = {name: {k: round(v, 2) for k, v in row.items()} for name, row in found.items()}
+    return {**shown, "serial and threaded give the same bytes": hashes[0] == hashes[1]}
 
 
 def sha256(path: Path) -> str:

@@ -36,7 +36,7 @@ def linear(
 def combined(ws: list[Tensor], weight: float | tuple[float, ...], *, normalize: bool) -> Tensor:
     """The weighted sum of tensors, or their weighted mean."""
     weights = shares(weight, len(ws)) if normalize else per_model(weight, len(ws))
-    return sum(w * alpha for w, alpha in zip(ws, weights, strict=True))
+    return sum(w if alpha == 1 else w * alpha for w, alpha in zip(ws, weights, strict=True))
 
 
 def shares(weight: float | tuple[float, ...], count: int) -> tuple[float, ...]:
