@@ -1,6 +1,6 @@
 """Every method that merges several experts, by tasks and seeds: one table of what the merged model can still do.
 
-    python benchmarks/merge_table.py [--suites mlp cnn encoder language] [--seeds 0 1 2]
+    python benchmarks/merge_table.py [--suites mlp cnn encoder language] [--seeds 0 1 2] [--experts FOLDER]
 
 - `mlp`, `cnn`: networks that have seen a little of six tasks on MNIST, then trained on one each; the CNN has batch
   norm, whose statistics are averaged like weights and, in a second row, estimated anew on training images.
@@ -9,7 +9,8 @@
 
 Scores are accuracies on held-out images or windows of text, and perplexities on held-out text. Methods run at their
 defaults; those with a `scale` get a second row with the scale that does best on validation data. Methods that learn are
-given 200 validation images a task, with labels unless they need none. Results are kept after each seed.
+given 200 validation images a task, with labels unless they need none. Results are kept after each seed, and what a seed
+gave is replaced when it runs again. With --experts, those of `language` are kept in that folder and found there again.
 """
 
 import argparse
@@ -26,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weightsmith import Memory, Weights, apply, attach, bake
+from weightsmith import Memory, Weights, apply, attach, bake, save
+from weightsmith import open as open_weights
 from weightsmith.adapt import lora
 from weightsmith.align import repair
 from weightsmith.core.arch.channels import trace
@@ -46,11 +48,11 @@ IMAGE_TASKS: dict[str, Callable[[Tensor], Tensor]] = {**data.TASKS, "upside_down
 
 @dataclass
 class Suite:
-    """A base, its experts by task, how to score weights on a task (higher is better), and what to learn on."""
+    """A base, its experts by task, scores of weights by task on a split (higher is better), and what to learn on."""
 
     base: Weights
     experts: dict[str, Weights]
-    score: Callable[[Weights, str, str], float]
+    scores: Callable[[Weights, str], dict[str, float]]
     losses: dict[str, Callable[[], Any]] = field(default_factory=dict)
     again: Callable[[Weights], Weights] | None = None
     shown: Callable[[float], float] = lambda value: value
@@ -78,9 +80,10 @@ def images(kind: str, seed: int) -> Suite:
         return model.eval()
 
     @torch.no_grad()
-    def score(weights: Weights, task: str, split: str) -> float:
-        x, y = part(task, split)
-        return float((module(weights)(x).argmax(-1) == y).float().mean())
+    def scores(weights: Weights, split: str) -> dict[str, float]:
+        model = module(weights)
+        parts = {task: part(task, split) for task in IMAGE_TASKS}
+        return {task: float((model(x).argmax(-1) == y).float().mean()) for task, (x, y) in parts.items()}
 
     def again(weights: Weights) -> Weights:
         mixed = torch.cat([part(task, "train")[0][:200] for task in IMAGE_TASKS])
@@ -96,7 +99,7 @@ def images(kind: str, seed: int) -> Suite:
         return lambda tensors: sum(loss(tensors) for loss in parts)
 
     losses = {"labels": lambda: learn(None), "none": lambda: learn(entropy)}
-    return Suite(base, experts, score, losses, again if kind == "cnn" else None)
+    return Suite(base, experts, scores, losses, again if kind == "cnn" else None)
 
 
 def c_headers() -> str:
@@ -116,9 +119,17 @@ def ids(domain: str, split: str, tokenizer: str) -> Tensor:
     return torch.tensor(models.encode(models.tokenizer(tokenizer), whole[start:stop]))
 
 
-def language(seed: int) -> Suite:
-    """SmolLM2 on three domains."""
-    base = models.smollm2().astype("float32")
+def language(seed: int, folder: Path | None) -> Suite:
+    """SmolLM2 on three domains, all in bfloat16 but the adapters while they train."""
+    base = models.smollm2().astype("bfloat16")
+
+    def expert(domain: str) -> Weights:
+        if folder is None:
+            return train(domain)
+        path = folder / f"{domain}-{seed}"
+        if not path.exists():
+            save(train(domain), path)
+        return open_weights(path)
 
     def train(domain: str) -> Weights:
         model = attach(live(base), lora(rank=16), seed=seed)
@@ -129,15 +140,17 @@ def language(seed: int) -> Suite:
                 yield found[torch.randint(len(found) - 128, (4, 1), generator=rng) + torch.arange(128)]
 
         adam = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)
-        fit(model, batches(), optimizer=adam, steps=40, schedule=warmup_cosine())
+        with torch.autocast("cpu", torch.bfloat16):
+            fit(model, batches(), optimizer=adam, steps=40, schedule=warmup_cosine())
         bake(model)
         return Memory({name: dict(model.named_parameters())[name].detach().bfloat16() for name in base}, base.origin)
 
-    def score(weights: Weights, domain: str, split: str) -> float:
-        chunks = ids(domain, split, "smollm2")
-        return -perplexity(live(weights), chunks[: 4 * 256].view(4, 256), dtype="bfloat16")
+    def scores(weights: Weights, split: str) -> dict[str, float]:
+        model = live(weights, torch.bfloat16)
+        chunks = {domain: ids(domain, split, "smollm2")[: 4 * 256].view(4, 256) for domain in DOMAINS}
+        return {domain: -perplexity(model, batch) for domain, batch in chunks.items()}
 
-    return Suite(base.astype("bfloat16"), {domain: train(domain) for domain in DOMAINS}, score, shown=lambda v: -v)
+    return Suite(base, {domain: expert(domain) for domain in DOMAINS}, scores, shown=lambda v: -v)
 
 
 def encoder(seed: int) -> Suite:
@@ -198,14 +211,18 @@ def encoder(seed: int) -> Suite:
         return Memory({name: tensor.detach().clone() for name, tensor in held.items()}, base.origin)
 
     @torch.no_grad()
-    def score(weights: Weights, task: str, split: str) -> float:
-        x, y = part(task, split)
-        return float((Classifier(live(weights), heads[task])(x).argmax(-1) == y).float().mean())
+    def scores(weights: Weights, split: str) -> dict[str, float]:
+        body, parts = live(weights), {task: part(task, split) for task in heads}
+        with torch.autocast("cpu", torch.bfloat16):
+            return {
+                task: float((Classifier(body, heads[task])(x).argmax(-1) == y).float().mean())
+                for task, (x, y) in parts.items()
+            }
 
-    return Suite(base, {task: train(task) for task in (*texts, "shuffled")}, score)
+    return Suite(base, {task: train(task) for task in (*texts, "shuffled")}, scores)
 
 
-SUITES: dict[str, Callable[[int], Suite]] = {
+SUITES: dict[str, Callable[..., Suite]] = {
     "mlp": partial(images, "mlp"), "cnn": partial(images, "cnn"), "encoder": encoder, "language": language,
 }  # fmt: skip
 PAIRS = {"momentum_interpolation", "robust_weight_signatures", "rift", "pleas", "repair"}
@@ -230,9 +247,7 @@ def candidates(suite: Suite, seed: int) -> Iterator[tuple[str, Weights | str]]:
         yield card.name, merged
         if "scale" in card.hyperparameters and card.unit == "ws":
             scaled = {scale: materialised(merge(card, suite, seed, scale=scale)) for scale in SCALES}
-            found = {
-                scale: fmean(suite.score(w, t, "validation") for t in suite.experts) for scale, w in scaled.items()
-            }
+            found = {scale: fmean(suite.scores(w, "validation").values()) for scale, w in scaled.items()}
             best = max(found, key=lambda scale: found[scale])
             yield f"{card.name}, scale {best}", scaled[best]
         if suite.again:
@@ -247,7 +262,7 @@ def merge(card: Card, suite: Suite, seed: int, **values: Any) -> Weights:
             raise WeightsmithError("it learns, which is tried on images only")
         given["loss"] = suite.losses[LEARNS_ON[card.name]]()
     if "evaluate" in card.needs:
-        given["evaluate"] = lambda w: fmean(suite.score(w, task, "validation") for task in suite.experts)
+        given["evaluate"] = lambda w: fmean(suite.scores(w, "validation").values())
     return apply(card.id, list(suite.experts.values()), seed=seed, **given, **values)
 
 
@@ -259,40 +274,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--suites", nargs="*", choices=list(SUITES), default=list(SUITES))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--experts", type=Path, help="a folder that keeps the experts of `language`")
     options = parser.parse_args()
     torch.set_num_threads(1)
     kept = json.loads(FILE.read_text()) if FILE.exists() else {"suites": {}}
     for name in options.suites:
-        rows: dict[str, dict[str, dict[str, float]]] = {}
+        extra = (options.experts,) if name == "language" else ()
         for seed in options.seeds:
-            suite = SUITES[name](seed)
+            suite, rows = SUITES[name](seed, *extra), {}
             for row, weights in candidates(suite, seed):
                 if isinstance(weights, str):
-                    rows[row] = {"why not": weights}
+                    rows[row] = weights
                     continue
-                found = {task: suite.shown(suite.score(weights, task, "test")) for task in suite.experts}
+                found = {task: suite.shown(score) for task, score in suite.scores(weights, "test").items()}
                 label = row.split(", scale")[0] + ", best scale" if ", scale" in row else row
-                for task, value in found.items():
-                    rows.setdefault(label, {}).setdefault(task, {})[str(seed)] = round(value, 4)
+                rows[label] = {task: round(value, 4) for task, value in found.items()}
                 print(f"{name} seed {seed} {row}: " + " ".join(f"{v:.3f}" for v in found.values()), flush=True)
-            kept["suites"][name] = {"seeds": options.seeds[: options.seeds.index(seed) + 1], "rows": summed(rows)}
+            seeds = {**kept["suites"].get(name, {}).get("seeds", {}), str(seed): rows}
+            kept["suites"][name] = {"rows": summed(seeds), "seeds": seeds}
             kept |= {"environment": environment(), "load": round(os.getloadavg()[0], 1)}
             FILE.write_text(json.dumps(kept, indent=1) + "\n")
 
 
-def summed(rows: dict[str, Any]) -> dict[str, Any]:
-    """Each row with its mean over tasks, its worst task, and the spread over seeds."""
-    made = {}
-    for name, tasks in rows.items():
-        if "why not" in tasks:
-            made[name] = tasks
+def summed(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Each row with its mean over tasks, the spread of that over seeds, and each task's mean over seeds."""
+    made: dict[str, Any] = {}
+    for name in next(iter(seeds.values())):
+        scores = [rows[name] for rows in seeds.values()]
+        if isinstance(scores[0], str):
+            made[name] = {"why not": scores[0]}
             continue
-        seeds = list(next(iter(tasks.values())))
-        means = [fmean(values[seed] for values in tasks.values()) for seed in seeds]
+        means = [fmean(by_task.values()) for by_task in scores]
         made[name] = {
             "mean": round(fmean(means), 4),
             "spread": round(pstdev(means), 4),
-            "tasks": {task: round(fmean(values.values()), 4) for task, values in tasks.items()},
+            "tasks": {task: round(fmean(by_task[task] for by_task in scores), 4) for task in scores[0]},
         }
     return made
 

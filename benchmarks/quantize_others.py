@@ -128,7 +128,7 @@ def encoder() -> list[Setting]:
 
 
 def photographs() -> list[Setting]:
-    from weightsmith.quantize.claims._efficientnet import crops, trained
+    from weightsmith.lab.efficientnet import crops, trained
     from weightsmith.quantize.genie import genie
 
     model, images = trained(), crops(40, 224, names=("flower", "portrait"))

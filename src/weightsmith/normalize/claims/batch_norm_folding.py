@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from weightsmith.lab import Lab, claim
+from weightsmith.lab.efficientnet import crops, trained
 from weightsmith.normalize.batch_norm_folding import batch_norm_folding
-from weightsmith.quantize.claims._efficientnet import crops, trained
 
 
 @claim(
