@@ -121,7 +121,7 @@ def ids(domain: str, split: str, tokenizer: str) -> Tensor:
 
 def language(seed: int, folder: Path | None) -> Suite:
     """SmolLM2 on three domains, all in bfloat16 but the adapters while they train."""
-    base = models.smollm2().astype("bfloat16")
+    base = materialised(models.smollm2().astype("bfloat16"))
 
     def expert(domain: str) -> Weights:
         if folder is None:

@@ -234,6 +234,15 @@ def test_quantize(here, good):
     assert max(len(row.unique()) for row in open_weights("g").read(UP)) <= 8
 
 
+def test_who_could_load_a_calibrated_output_is_told_once(here, ws):
+    packed = ("--calibrate", "text.txt", *SMALL, "--group-size", "32", "--packed", "-o", "p")
+    code, _, err = ws("quantize", "gptq", "base", *packed)
+    assert code == 0
+    notes = [line for line in err.splitlines() if line.startswith("  note")]
+    assert any("transformers" in note for note in notes)
+    assert len(notes) == len(set(notes))
+
+
 def test_init(here, good):
     good("init", "orthogonal", "base", "-o", "fresh", "--seed", "3", "-q")
     w = open_weights("fresh").read("model.layers.0.self_attn.q_proj.weight")

@@ -221,6 +221,12 @@ def test_a_value_of_one_model_out_of_range_is_named():
     assert said.startswith("merge.ties: `density` = 1.5: input should be less than or equal to 1")
 
 
+def test_one_value_where_a_tuple_belongs_is_a_tuple_of_one():
+    from weightsmith.core.method import get
+
+    assert get("adapt.mola").validate({"experts": 2})["experts"] == (2,)
+
+
 def test_a_hint_lists_what_there_is_when_nothing_is_close():
     assert nearest("zzz", ["a", "b"]) == "it has: `a`, `b`"
     assert nearest("*.q_prj*|*.up", ["0.q_proj.weight", "1.up"]) == "did you mean `*.q_proj*|*.up`?"

@@ -890,7 +890,7 @@ def _apply(
     if card["family"] == "resize" and not values and _alike(weights, models[0]):
         flags = ", ".join(f"`--{name.replace('_', '-')}`" for name in card["hyperparameters"])
         raise InputError("nothing would change", where=card["id"], hint=f"say what is to: {flags}")
-    _write(weights, out, applying, {"method": card["id"], **values})
+    _write(weights, out, applying, {"method": card["id"], **values}, told=bool(data["calibrate"]))
 
 
 def _alike(one: "Weights", other: "Weights") -> bool:
@@ -911,7 +911,10 @@ def _check_free(out: str | None, writing: Writing) -> None:
         raise InputError("there is something here already", where=out, hint="give another output, or add `--overwrite`")
 
 
-def _write(weights: "Weights", out: str | None, writing: Writing, step: dict[str, Any] | None = None) -> None:
+def _write(
+    weights: "Weights", out: str | None, writing: Writing, step: dict[str, Any] | None = None, *, told: bool = False
+) -> None:
+    """Say what will be written, and write it; without the notes on its storage where they have been told before."""
     from weightsmith.core.formats.loaders import can_load
     from weightsmith.core.formats.packed import storage, summary
     from weightsmith.core.plan import human
@@ -926,6 +929,9 @@ def _write(weights: "Weights", out: str | None, writing: Writing, step: dict[str
     planned = plan_of(weights, shards=writing.shards, jobs=writing.jobs, digest=writing.digest)
     if step and not planned.steps:
         planned = replace(planned, steps=(step,))
+    if told and not writing.dry_run:
+        said = getattr(weights, "notes", ())
+        planned = replace(planned, warnings=tuple(note for note in planned.warnings if note not in said))
     if writing.verbose:
         _show_untouched(weights)
     if writing.dry_run:

@@ -177,7 +177,7 @@ class Card:
         return create_model(self.name, __config__=config, **fields)
 
     def validate(self, values: Mapping[str, Any], *, where: object = None) -> dict[str, Any]:
-        """The hyperparameters with defaults filled in.
+        """The hyperparameters with defaults filled in; one value where a tuple belongs is a tuple of one.
 
         Raises:
             MethodError: an unknown name, or a value out of its range.
@@ -191,6 +191,9 @@ class Card:
                     where=where,
                     hint=nearest(name, self.hyperparameters),
                 )
+        hints = {name: self.hyperparameters[name].annotation for name in values}
+        lists = {name for name, hint in hints.items() if typing.get_origin(hint) is tuple}
+        values = {k: (v,) if k in lists and isinstance(v, int | float | str) else v for k, v in values.items()}
         try:
             return dict(self.schema(**values))
         except ValidationError as error:
@@ -388,7 +391,7 @@ def get(name: str) -> Card:
     Raises:
         MethodError: no such method, or several.
     """
-    key = find(name)
+    key = name if name in _CARDS else find(name)
     if key not in _CARDS:
         import_module(f"weightsmith.{key}")
     return _CARDS[key]
