@@ -30,11 +30,11 @@ from typing import Any
 RESULT = Path(__file__).resolve().parents[1] / "results" / "adapt_methods.json"
 SUITES: dict[str, dict[str, Any]] = {
     "source_code": {
-        "methods": ("adapt.lora", "adapt.bone", "adapt.lift", "adapt.sara", "adapt.nola", "full"),
+        "methods": ("adapt.lora", "adapt.bone", "adapt.lift", "adapt.sara", "full"),
         "budget": 2_442_240, "steps": 16, "rates": (3e-4, 2e-3), "full": (5e-5, 3e-4),
     },
     "documentation": {
-        "methods": ("adapt.lora", "adapt.bone", "adapt.lift", "adapt.sara", "adapt.nola", "full"),
+        "methods": ("adapt.lora", "adapt.bone", "adapt.lift", "adapt.sara", "full"),
         "budget": 2_442_240, "steps": 16, "rates": (3e-4, 2e-3), "full": (5e-5, 3e-4),
     },
     "sentences": {
@@ -48,7 +48,7 @@ SUITES: dict[str, dict[str, Any]] = {
         "budget": 1_400, "steps": 150, "rates": (1e-3, 3e-3, 1e-2), "full": (3e-4, 1e-3, 3e-3),
     },
 }  # fmt: skip
-WITHOUT_BUDGET = ("adapt.nola", "adapt.mos", "full")
+WITHOUT_BUDGET = ("adapt.mos", "full")
 
 
 def prepared(suite: str, folder: str) -> None:

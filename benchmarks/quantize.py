@@ -3,7 +3,8 @@
 Model, text, calibration (16 chunks of 512 tokens), groups and the way of counting are those of `gptq.py`; perplexity is
 taken with a bfloat16 forward pass, which moves it by 0.01 at most. `passes` are of coordinate descent over the codes;
 `tuned` trains scales and norm gains towards the float model on the same 16 chunks (`quantize.tuning`), and stores
-nothing more: every method stores norms.
+nothing more: every method stores norms. `shared out`: each layer gets 2 to 8 bits by how much the loss on four of the
+chunks feels it (`core.allocation`), so many on average.
 
     python benchmarks/quantize.py [--only NAME] [--peer LIBRARY=PYTHON ...]
 
@@ -40,6 +41,9 @@ SOLVERS = {
 BUDGETS = {"2.5 bits": {"bits": 2, "group_size": 38}, "4.25 bits": {"bits": 4, "group_size": 96}}
 """Settings of the combination that fill a budget: zero points make 4 bits in groups of 64 take 4.31."""
 
+SHARED = {"2.5 bits": 2.215, "3 bits": 3.0, "4.25 bits": 3.938}
+"""Bits of a code on average, to be shared out among the layers, that fill a budget in groups of 64."""
+
 PEERS = {
     "llm-compressor": ("llm-compressor gptq, mse observer", (3, 4)),
     "torchao": ("torchao intx, asymmetric", (2, 3, 4)),
@@ -54,6 +58,9 @@ def jobs() -> dict[str, tuple[str, dict]]:
     """Label -> solver and hyperparameters."""
     made = {f"{bits} bits: {name}": (name, {"bits": bits, "group_size": 64}) for bits in (3, 2, 4) for name in SOLVERS}
     best = ("rsq, passes=2", "gptq, passes=2, tuned", "rsq, passes=2, tuned")
+    for label, mean in SHARED.items():
+        for name in ("gptq", "rsq, passes=2"):
+            made[f"{label}: {name}, shared out"] = (name, {"bits": mean, "group_size": 64})
     return {f"{label}: {name}": (name, given) for label, given in BUDGETS.items() for name in best} | made
 
 
@@ -69,6 +76,7 @@ def ours(label: str, folder: str, out: str) -> dict:
     import torch
 
     import weightsmith
+    from weightsmith.core.allocation import shared_out
     from weightsmith.core.apply import generator
     from weightsmith.core.calibrate import live, sequential, statistics
     from weightsmith.core.method import card
@@ -79,7 +87,6 @@ def ours(label: str, folder: str, out: str) -> dict:
     solver, given = jobs()[label]
     name, hyper = SOLVERS[solver]
     about = card(f"quantize.{name}")
-    form = about.function(**given, **hyper)
     weights = weightsmith.open(folder)
     model, tokens = live(weights), torch.load(f"{folder}/calibration.pt")
     for parameter in model.parameters():
@@ -88,12 +95,16 @@ def ours(label: str, folder: str, out: str) -> dict:
     thetas = {}
     Path("/proc/self/clear_refs").write_text("5")
     before, start = resident("VmRSS"), time.process_time()
+    widths = dict.fromkeys(linear, given["bits"])
+    if label.endswith("shared out"):
+        widths = shared_out(weights, linear, given["bits"], batches=list(tokens[:4, None]), group_size=64)
+    forms = {n: about.function(**{**given, **hyper, "bits": bits}) for n, bits in widths.items()}
     grads = statistics(model, [tokens[:1]], ["grad"], where="*_proj.weight")["grad"] if "grad" in about.needs else {}
 
     def change(name, weight, stats):
         given = {**stats, "rng": generator(0, about.id, name), "grad": grads[name] if grads else None}
-        thetas[name] = form.encode(weight, *(given[need] for need in about.needs))
-        return form.decode(**thetas[name])
+        thetas[name] = forms[name].encode(weight, *(given[need] for need in about.needs))
+        return forms[name].decode(**thetas[name])
 
     if "gram" in about.needs:
         sequential(model, [tokens], change, where="attention.*|mlp.*", precision="bfloat16")
@@ -101,13 +112,13 @@ def ours(label: str, folder: str, out: str) -> dict:
         for n in linear:
             model.get_parameter(n).data = change(n, model.get_parameter(n).data, {})
     if solver.endswith("tuned"):
-        model, teacher = tuning.quantised(weights, dict.fromkeys(thetas, form), thetas), live(weights)
+        model, teacher = tuning.quantised(weights, forms, thetas), live(weights)
         tuning.tuned(model, teacher, list(tokens[:, None]), steps=STEPS)
         bake(model)
     cpu, peak = time.process_time() - start, resident("VmHWM")
     made = {n: p.data for n, p in model.named_parameters() if n.endswith(("_proj.weight", "norm.weight"))}
     torch.save(made, out)
-    bits = sum(form.stored_bits(theta) for theta in thetas.values()) / sum(made[n].numel() for n in linear)
+    bits = sum(forms[n].stored_bits(theta) for n, theta in thetas.items()) / sum(made[n].numel() for n in linear)
     return {"cpu": cpu, "bits": bits, "peak_mib": peak, "start_mib": before}
 
 

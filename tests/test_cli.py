@@ -234,6 +234,23 @@ def test_quantize(here, good):
     assert max(len(row.unique()) for row in open_weights("g").read(UP)) <= 8
 
 
+@pytest.mark.parametrize(("layout", "widths"), [((), {2, 3, 4, 5, 6, 8}), (("--layout", "gptq"), {2, 3, 4, 8})])
+def test_a_fraction_of_bits_is_shared_out(here, good, layout, widths):
+    words = ("quantize", "gptq", "base", "--bits", "2.5", "--group-size", "32", "--exclude", "*.[kv]_proj*")
+    words += ("--calibrate", "text.txt", *SMALL)
+    plan = good(*words, *layout, "--dry-run")
+    good(*words, *layout, "-o", "q", "-q")
+    bits = json.loads(Path("q/weightsmith.json").read_text())["lineage"]
+    bits = (bits if "with" in bits else bits["from"][0])["with"]["bits"]
+    assert set(bits.values()) <= widths
+    assert len(set(bits.values())) > 1
+    base = open_weights("base")
+    mean = sum(b * base.spec(n).numel for n, b in bits.items()) / sum(base.spec(n).numel for n in bits)
+    assert 2.3 < mean <= 2.5
+    assert "quantize.gptq" in plan
+    assert len(open_weights("q").read(UP)[0, :32].unique()) <= 2 ** bits[UP]
+
+
 def test_who_could_load_a_calibrated_output_is_told_once(here, ws):
     packed = ("--calibrate", "text.txt", *SMALL, "--group-size", "32", "--packed", "-o", "p")
     code, _, err = ws("quantize", "gptq", "base", *packed)

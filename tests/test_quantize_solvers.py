@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from weightsmith.core.allocation import allocated, expected_loss, output_grads, shared_out
 from weightsmith.core.calibrate import encode_sequential, live, statistics
 from weightsmith.core.errors import InputError
 from weightsmith.core.parametrization import bake
@@ -14,7 +15,6 @@ from weightsmith.core.weights import Memory, Origin
 from weightsmith.lab.models import tiny_llama
 from weightsmith.quantize import _grid, adadim, adaquant, awq, blockwise, gptq, gwq, rsq
 from weightsmith.quantize.adaquant import bias_corrected
-from weightsmith.quantize.allocation import allocated, expected_loss, output_grads
 from weightsmith.quantize.awq import shared
 from weightsmith.quantize.folding import scaled, turned
 from weightsmith.quantize.rotation import rotate, signs
@@ -179,6 +179,27 @@ def test_bits_are_allocated_as_trying_all_combinations_finds():
     assert len(set(found.values())) > 1
     with pytest.raises(InputError, match="below"):
         allocated(losses, sizes, 10.0)
+
+
+def test_shared_out_bits_have_the_mean_asked_for_and_go_where_errors_are():
+    rng = torch.Generator().manual_seed(0)
+    scales = {"a": 1.0, "b": 1.0, "c": 9.0}
+    weights = Memory({f"{n}.weight": scale * torch.randn(32, 64, generator=rng) for n, scale in scales.items()})
+    found = shared_out(weights, list(weights), 3.0, group_size=16)
+    assert found == {"a.weight": 2, "b.weight": 2, "c.weight": 5}
+    assert sum(shared_out(weights, list(weights), 8 / 3, read=False).values()) == 8
+    with pytest.raises(InputError, match=r"`bits` = 1.5 on average: a tensor gets 2 to 8"):
+        shared_out(weights, list(weights), 1.5)
+
+
+def test_shared_out_bits_go_where_the_loss_feels_them():
+    weights = llama()
+    names = [n for n in weights if n.endswith("_proj.weight")]
+    blind, seeing = (shared_out(weights, names, 2.5, batches=b, group_size=32) for b in (None, [ids(1)]))
+    assert blind != seeing
+    for found in (blind, seeing):
+        mean = sum(found[n] * weights.spec(n).numel for n in names) / sum(weights.spec(n).numel for n in names)
+        assert 2.4 < mean <= 2.5
 
 
 def test_output_gradients_are_those_of_autograd():

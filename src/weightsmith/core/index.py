@@ -89,17 +89,17 @@ def recipe_schema(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         {"if": {"properties": {"use": {"enum": names[id]}}}, "then": {"properties": {"with": {
             "type": "object",
             "additionalProperties": False,
-            "properties": {n: _resolvable(h) for n, h in e["hyperparameters"].items()},
+            "properties": {n: _resolvable(h, fraction=n == "bits") for n, h in e["hyperparameters"].items()},
         }}}}
         for id, e in entries.items()
     ]  # fmt: skip
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
-def _resolvable(hyper: Mapping[str, Any]) -> dict[str, Any]:
+def _resolvable(hyper: Mapping[str, Any], *, fraction: bool = False) -> dict[str, Any]:
     """A hyperparameter as a recipe may give it: a value, a list of numbers over depth, or globs -> either, once nested.
 
-    Where it may be one value a model, a list of them may hold such maps too.
+    Where it may be one value a model, a list of them may hold such maps too; a fraction is a mean over all tensors.
     """
     value = hyper["type"]
     numbers = [t for t in value.get("anyOf", [value]) if t.get("type") in ("number", "integer")]
@@ -108,7 +108,8 @@ def _resolvable(hyper: Mapping[str, Any]) -> dict[str, Any]:
     by_glob = {"type": "object", "minProperties": 1, "additionalProperties": {"anyOf": [*either, inner]}}
     several = any(t.get("type") == "array" for t in value.get("anyOf", []))
     each = [{"type": "array", "items": {"anyOf": [*numbers, inner]}, "minItems": 1}] if several else []
-    return {"anyOf": [*either, *each, by_glob], "default": hyper["default"], "description": hyper["help"]}
+    mean = [{"type": "number", "minimum": 2, "maximum": 8}] if fraction else []
+    return {"anyOf": [*either, *mean, *each, by_glob], "default": hyper["default"], "description": hyper["help"]}
 
 
 def generate() -> dict[Path, str]:

@@ -236,6 +236,11 @@ class Card:
         kinds = {h.name: str(h.annotation) for h in self.hyperparameters.values()}
         return frozenset(n for n, k in kinds.items() if re.search(r"\bint\b", k) and not re.search("float|Literal", k))
 
+    def shares_out(self, values: Mapping[str, Any]) -> bool:
+        """Whether a fraction of `bits` is asked for, which a run shares out among the tensors."""
+        bits = values.get("bits")
+        return "bits" in self.whole and isinstance(bits, float) and not bits.is_integer()
+
     @property
     def elementwise(self) -> bool:
         """Whether its law says that pieces of the result need only the same pieces of the inputs."""

@@ -16,7 +16,7 @@ from weightsmith.core.advise import strangers
 from weightsmith.core.apply import Applied, apply, check_needs, generator
 from weightsmith.core.chat import check as check_template
 from weightsmith.core.chat import with_chat_template
-from weightsmith.core.errors import InputError, MethodError, RecipeError, nearest
+from weightsmith.core.errors import InputError, MethodError, RecipeError, WeightsmithError, nearest
 from weightsmith.core.formats import safetensors
 from weightsmith.core.formats.packed import storage, stored_bits, summary, written
 from weightsmith.core.layers import donated, stack
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Steps = Callable[[int, int, str], object]
+
+FELT = 4
+"""Chunks of text that tell how much the loss feels each tensor, when bits are shared out."""
 
 
 class UnmeasuredError(MethodError):
@@ -364,7 +367,7 @@ def apply_method(
         pack: how the result will be stored, if not decoded; called before the work, to refuse what cannot be.
         dry: measure nothing: enough for a plan.
         progress: called with layers done, their number and the last one's name.
-        values: the hyperparameters.
+        values: the hyperparameters. Fractional `bits` are shared out among the tensors, so many on average.
         **options: as for `apply`.
     """
     about, stats = get(method), dict(stats or {})
@@ -391,7 +394,16 @@ def apply_method(
         made = apply(method, models, base=base, stats=stats, loss=on_text(models[0], text), **options, **values)
         return Made(made, made, learned_on)
     promised = {need: Promised(models[0], need) for need in missing}
-    view = apply(method, models, base=base, stats={**stats, **promised}, evaluate=score, **options, **values)
+
+    def viewed(values: Mapping[str, Any]) -> Weights:
+        return apply(method, models, base=base, stats={**stats, **promised}, evaluate=score, **options, **values)
+
+    if about.shares_out(values):
+        felt = None
+        if calibrate and not dry:
+            felt = chunks(models[0], calibrate, samples=min(samples, FELT), length=length, split=TRAIN, spread=True)
+        values = {**values, "bits": _shared_out(viewed, values, felt, pack, dry, progress)}
+    view = viewed(values)
     if pack is not None:
         pack(view)
     if dry or calibrate is None or not missing or not isinstance(view, Applied):
@@ -419,6 +431,38 @@ def apply_method(
         save(written(made, keep, packed=coded), keep, digest=False)
         made = open_weights(keep)
     return Made(made, view, measured_on)
+
+
+def _shared_out(
+    viewed: Callable[[Mapping[str, Any]], Weights],
+    values: Mapping[str, Any],
+    text: "Tensor | None",
+    pack: Callable[[Weights], Weights] | None,
+    dry: bool,
+    progress: Steps | None,
+) -> dict[str, int]:
+    """Bits for each tensor with the mean that was asked for, of widths that the method and the output take."""
+    from weightsmith.core.allocation import WIDTHS, shared_out
+
+    found: dict[int, Any] = {}
+    refusals: list[WeightsmithError] = []
+    for width in WIDTHS:
+        try:
+            view = viewed({**values, "bits": width})
+            if pack is not None:
+                pack(view)
+        except WeightsmithError as error:
+            refusals.append(error)
+        else:
+            found[width] = view
+    if not found:
+        raise refusals[0]
+    view = next(iter(found.values()))
+    names = [name for name in view if name not in view.untouched]
+    return shared_out(
+        view.models[0], names, values["bits"], batches=None if text is None else list(text[:, None]),
+        group_size=view.values(names[0]).get("group_size"), widths=found, read=not dry, progress=progress,
+    )  # fmt: skip
 
 
 def _decides_by_statistics(view: Applied) -> bool:

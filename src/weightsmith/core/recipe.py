@@ -586,7 +586,7 @@ def _check_needs(card: Mapping[str, Any], step: Step, where: str) -> None:
 def _check_values(card: Mapping[str, Any], step: Step, place: Place, at: tuple[Any, ...]) -> None:
     """Hyperparameters exist, and plain values are within their bounds.
 
-    Depth lists and maps are checked tensor by tensor in the plan.
+    Depth lists, maps and fractions of bits are checked tensor by tensor in the plan.
     """
     from weightsmith.core.method import get
 
@@ -602,7 +602,8 @@ def _check_values(card: Mapping[str, Any], step: Step, place: Place, at: tuple[A
             if single and not several:
                 raise RecipeError(f"`{card['id']}` has one `{key}` for all models, not one for each", where=where,
                                   hint=f"give it once, in the step: with: {{{key}: ...}}")  # fmt: skip
-            for one in _leaves(value) if single or not several else ():
+            shared = about.shares_out({key: value})
+            for one in _leaves(value) if not shared and (single or not several) else ():
                 try:
                     about.validate({key: one})
                 except MethodError as error:

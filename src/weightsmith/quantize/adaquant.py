@@ -29,7 +29,7 @@ class adaquant:
     $$ \min_{V, s} \; \mathrm{tr}\big((w - Q_s(w + V)) \, G \, (w - Q_s(w + V))^\top\big) $$
 
     Adam with gradients straight through the rounding, from the nearest codes. What has the least error on the way is
-    returned. Without steps it is rounding to the nearest. The paper's integer programme is `allocation.allocated`; the
+    returned. Without steps it is rounding to the nearest. The paper's integer programme is `core.allocation`; the
     biases are fitted afterwards, by `bias_corrected`, where the paper learns them along with V.
 
     Args:

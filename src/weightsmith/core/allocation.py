@@ -3,13 +3,17 @@
 What is chosen is a map from names to bits, which `apply` and `attach` take as a hyperparameter: `bits=allocated(...)`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from weightsmith.core.calibrate import default_loss
+from weightsmith.core.calibrate import default_loss, live, statistics
 from weightsmith.core.errors import InputError, RunError
+from weightsmith.core.weights import Weights
+
+WIDTHS = (2, 3, 4, 5, 6, 8)
+"""Bits of a code that a tensor may get."""
 
 
 def allocated(
@@ -48,6 +52,58 @@ def allocated(
     return {name: bits for (name, bits), taken in zip(choices, solution.x, strict=True) if taken > 0.5}
 
 
+def shared_out(
+    weights: Weights,
+    names: Iterable[str],
+    bits: float,
+    *,
+    batches: list[Tensor] | None = None,
+    group_size: int | None = None,
+    widths: Iterable[int] = WIDTHS,
+    read: bool = True,
+    progress: Callable[[int, int, str], object] | None = None,
+) -> dict[str, int]:
+    r"""Bits for each tensor, so many on average, with the least expected loss.
+
+    Rounding to the nearest of $2^b$ levels over a group's range $\rho$ has about the squared error
+    $\rho^2 / 12 (2^b - 1)^2$ for each weight. With text it counts as `expected_loss` says, of the Gram matrix the
+    diagonal alone; without, as it is.
+
+    Args:
+        weights: the model's weights.
+        names: tensors that share the bits, matrices.
+        bits: of a code, the mean over all weights of these tensors. Scales and zero points come on top.
+        batches: token ids (chunks, length), to see how much the loss feels each tensor: one backward pass each.
+        group_size: weights of a row that share a scale; None for the whole row.
+        widths: what a tensor may get.
+        read: without, tensors count by their size alone, which is enough for a plan.
+        progress: called with backward passes done, their number and what is measured.
+
+    Raises:
+        InputError: fewer bits than the smallest width, or more than the largest.
+    """
+    widths = sorted(widths)
+    if not widths[0] <= bits <= widths[-1]:
+        raise InputError(f"`bits` = {bits:g} on average: a tensor gets {widths[0]} to {widths[-1]}",
+                         hint=f"bits: {widths[0] + 0.5:g}")  # fmt: skip
+    names, seen = list(names), None
+    count = {name: weights.spec(name).numel for name in names}
+    felt, errors = dict.fromkeys(names, 1.0), {name: float(numel) for name, numel in count.items()}
+    if read and batches:
+        felt = output_grads(live(weights), batches, names, progress=progress)
+        seen = statistics(live(weights), batches, ["act_norm"], where="|".join(names))["act_norm"]
+    for name in names if read else ():
+        w = weights.read(name).float().flatten(1)
+        size = group_size or w.shape[1]
+        ranges = torch.stack([part.amax(1).relu() + (-part).amax(1).relu() for part in w.split(size, 1)])
+        inputs = seen.read(name).float().square() if seen is not None else torch.ones(w.shape[1])
+        of_group = torch.stack([part.sum() for part in inputs.split(size)])
+        errors[name] = felt[name] * float((ranges.square().sum(1) * of_group).sum()) / 12
+    losses = {name: {width: errors[name] / (2**width - 1) ** 2 for width in widths} for name in names}
+    sizes = {name: {width: width * count[name] for width in widths} for name in names}
+    return allocated(losses, sizes, bits * sum(count.values()))
+
+
 def expected_loss(change: Tensor, gram: Tensor, output_grad: float) -> float:
     r"""What a change of a weight costs to second order, were the gradients of the outputs independent of the inputs.
 
@@ -61,7 +117,13 @@ def expected_loss(change: Tensor, gram: Tensor, output_grad: float) -> float:
     return 0.5 * output_grad * float(((change @ gram) * change).sum())
 
 
-def output_grads(model: torch.nn.Module, batches: list[Tensor], names: list[str]) -> dict[str, float]:
+def output_grads(
+    model: torch.nn.Module,
+    batches: list[Tensor],
+    names: list[str],
+    *,
+    progress: Callable[[int, int, str], object] | None = None,
+) -> dict[str, float]:
     """For weights of linear layers, what `expected_loss` needs: one backward pass for each batch of token ids."""
     total, hooks = dict.fromkeys(names, 0.0), []
     wanted = {p: p.requires_grad for p in model.parameters()}
@@ -76,8 +138,10 @@ def output_grads(model: torch.nn.Module, batches: list[Tensor], names: list[str]
         modules = {name: model.get_submodule(name.removesuffix(".weight")) for name in names}
         hooks += [module.register_forward_hook(listen(name)) for name, module in modules.items()]
         model.requires_grad_(False)
-        for batch in batches:
+        for done, batch in enumerate(batches, 1):
             (default_loss(model, batch) * batch[:, 1:].numel()).backward()
+            if progress:
+                progress(done, len(batches), "gradients")
     finally:
         for hook in hooks:
             hook.remove()
