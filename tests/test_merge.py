@@ -132,6 +132,39 @@ def test_greedy_soup_keeps_only_what_helps():
     assert float(soup.read("w")) == 4.0
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare", "opcm"])
+def test_running_statistics_are_averaged_where_changes_are_added_up(method):
+    from weightsmith.core.plan import plan
+    from weightsmith.lab.experiments import CNN
+
+    def network(variance: float) -> Memory:
+        model = CNN(4)
+        model.norm1.running_var.fill_(variance)
+        return Memory.of(model)
+
+    base, *models = map(network, (1.0, 0.1, 0.2, 0.3))
+    merged = apply(method, models, base=base)
+    torch.testing.assert_close(merged.read("norm1.running_var"), torch.full((4,), 0.2))
+    assert not torch.equal(merged.read("conv1.weight"), sum(m.read("conv1.weight") for m in models) / 3)
+    if method != "opcm":
+        assert any("4 running statistics of batch norms are averaged" in note for note in plan(merged).warnings)
+    left = apply(method, models, base=base, exclude="norm1.*")
+    assert torch.equal(left.read("norm1.running_var"), base.read("norm1.running_var"))
+
+
+def test_batch_norms_of_one_network_are_measured_whatever_they_held():
+    from weightsmith.align import repair
+    from weightsmith.core.arch.channels import trace
+    from weightsmith.lab.experiments import CNN
+
+    model, x = CNN(4), torch.randn(32, 8, 8)
+    channels = trace(model, x)
+    want = apply(repair, Memory.of(model), channels=channels, batch=x)
+    model.norm1.running_var.fill_(-1.0)
+    made = apply(repair, Memory.of(model), channels=channels, batch=x)
+    assert all(torch.equal(made.read(name), want.read(name)) for name in made)
+
+
 def test_the_plan_says_what_becomes_of_batch_norm_statistics():
     from weightsmith.core.plan import plan
     from weightsmith.lab.experiments import CNN

@@ -78,7 +78,7 @@ def repair(
         return Memory(state, averaged.origin)
     written = {m.name.removesuffix(".weight") for group in channels.groups for m in group.members if not m.reads}
     layers = {n: m for n, m in channels.layers().items() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)}
-    hidden = {n: m for n, m in layers.items() if n in written and m.bias is not None}
+    hidden = {n: m for n, m in layers.items() if len(models) > 1 and n in written and m.bias is not None}
     with torch.no_grad():
         _correct(state, norms, hidden, _aims(models, shares, hidden, channels, batch), channels, batch)
     return Memory(state, averaged.origin)

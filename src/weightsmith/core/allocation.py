@@ -30,12 +30,16 @@ def allocated(
         budget: N.
 
     Raises:
-        InputError: the budget is below the smallest total size.
+        InputError: the budget is below the smallest total size, or scipy is missing.
         RunError: the solver finds nothing in its 20 seconds.
     """
     import numpy as np
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
+
+    try:
+        from scipy.optimize import Bounds, LinearConstraint, milp
+        from scipy.sparse import csr_array
+    except ImportError:
+        raise InputError("sharing bits out takes scipy", hint='pip install "weightsmith[structure]"') from None
 
     choices = [(name, bits) for name, by_bits in losses.items() for bits in by_bits]
     loss, size = (np.array([table[name][bits] for name, bits in choices]) for table in (losses, sizes))

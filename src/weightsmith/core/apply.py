@@ -13,7 +13,7 @@ from weightsmith.core.errors import InputError, MethodError, MismatchError, NonF
 from weightsmith.core.layers import Stacked
 from weightsmith.core.method import NEEDS, STATISTICS, Card, Streamed, card, fast_path
 from weightsmith.core.vocabulary import check as check_vocabularies
-from weightsmith.core.weights import TILE, Origin, Overlaid, Spec, View, Weights, agree, any_match, matches
+from weightsmith.core.weights import TILE, Averaged, Origin, Overlaid, Spec, View, Weights, agree, any_match, matches
 
 if TYPE_CHECKING:
     import torch
@@ -193,6 +193,10 @@ def check_needs(about: Card, stats: Mapping[str, Weights], given: Mapping[str, o
             )
 
 
+AVERAGED = "a running statistic, averaged over the models"
+"""Why a merge that adds up changes leaves a tensor alone."""
+
+
 class Applied(Weights):
     """A method over Weights, computed when read. Made by `apply`."""
 
@@ -213,7 +217,11 @@ class Applied(Weights):
         self.where, self.exclude, self.seed, self.hyper = where, exclude, seed, dict(hyper)
         self.allow_nonfinite, self.allow_mismatch = allow_nonfinite, allow_mismatch
         self.device = device.current()
-        self._trunk = base if base is not None and about.unit == "ws" else models[0]
+        self._trunk, self._averaged = models[0], frozenset[str]()
+        if base is not None and about.unit == "ws":
+            averaged = Averaged(models, exclude)
+            self._averaged = averaged.names if where == "*" else self._averaged
+            self._trunk = Overlaid(base, averaged) if self._averaged else base
         self.origin: Origin = self._trunk.origin
         others = [m for m in (*models, base) if m is not None and m is not self._trunk]
         self._names = list(self._trunk)
@@ -267,6 +275,8 @@ class Applied(Weights):
             return "excluded"
         if name not in self._shared:
             return "not in every model"
+        if name in self._averaged:
+            return AVERAGED
         if not spec.computable:
             return f"no arithmetic on {spec.dtype}" if spec.numel else "empty"
         if about.matrix_only and len(spec.shape) < 2:

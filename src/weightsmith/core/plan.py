@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from weightsmith import __version__
-from weightsmith.core.apply import Applied
+from weightsmith.core.apply import AVERAGED, Applied
 from weightsmith.core.errors import InputError
 from weightsmith.core.formats import safetensors
 from weightsmith.core.method import fast_path
@@ -173,13 +173,18 @@ def _about(applied: Applied) -> list[str]:
     left: dict[str, int] = {}
     for reason in applied.untouched.values():
         left[reason] = left.get(reason, 0) + 1
+    averaged = left.pop(AVERAGED, 0)
     left = {reason: n for reason, n in left.items() if not reason.endswith(("does not match", "excluded"))}
     if left:
         found.append(f"{applied.id} copies " + ", ".join(f"{n} ({reason})" for reason, n in left.items()))
     statistics = [n for n in applied if n not in applied.untouched and applied.spec(n).role == "norm.statistic"]
-    if len(applied.models) > 1 and statistics:
-        found.append(f"{len(statistics)} running statistics of batch norms are merged like weights: "
-                     "`align.repair` estimates them anew on data, or resets them")  # fmt: skip
+    if len(applied.models) > 1 and (statistics or averaged):
+        done = (
+            f"{averaged} running statistics of batch norms are averaged"
+            if averaged
+            else f"{len(statistics)} running statistics of batch norms are merged like weights"
+        )
+        found.append(f"{done}: `align.repair` estimates them anew on data, or resets them")
     if hasattr(applied.card.function, "stored_bits"):
         from weightsmith.core.formats.packed import rounded_twice
 

@@ -338,6 +338,33 @@ class Overlaid(View):
         return {**self.parts.lineage(identify), "tensors": len(self.parts), "rest": self.source.lineage(identify)}
 
 
+class Averaged(Weights):
+    """Running statistics of batch norms that several Weights share: the mean, which keeps variances positive."""
+
+    def __init__(self, models: Sequence[Weights], exclude: str | tuple[str, ...] = ()):
+        first = models[0]
+        self.models, self.origin = tuple(models), first.origin
+        self._names = [n for n in first if (spec := first.spec(n)).role == "norm.statistic" and spec.computable
+                       and all(n in model for model in models) and not any_match(spec, exclude)]  # fmt: skip
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def spec(self, name: str) -> Spec:
+        return self.models[0].spec(name)
+
+    def read(self, name: str) -> "Tensor":
+        import torch
+
+        return torch.stack([m.read(name).float() for m in self.models]).mean(0).to(self.spec(name).torch_dtype)
+
+    def inputs(self) -> tuple[Weights, ...]:
+        return self.models
+
+
 class Cast(View):
     """Another Weights with its floats in another dtype."""
 

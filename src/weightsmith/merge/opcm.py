@@ -12,7 +12,7 @@ from torch import Tensor
 
 from weightsmith.core.laws import mean_length
 from weightsmith.core.method import op
-from weightsmith.core.weights import Computed, Weights, agree, lifted, matches
+from weightsmith.core.weights import Averaged, Computed, Weights, agree, lifted, matches
 
 PROJECTED = "attention.*|mlp.*|linear|conv*|expert*|head"
 """Roles of the matrices whose changes are projected; those of others, embeddings among them, are added up."""
@@ -36,7 +36,7 @@ def opcm(
     In the singular vectors of R, the projection Pi holds the newcomer's leading block and its whole diagonal. The
     paper rescales after each model; as scaling leaves singular vectors alone, once at the end is the same. Memory is
     that of one matrix and its decomposition however many models there are: every matrix is decomposed when its length
-    is measured and again when it is read.
+    is measured and again when it is read. Running statistics of batch norms are averaged.
 
     Args:
         protected: alpha in the paper, section 4: share of the sum of R's singular values in the block kept clear.
@@ -70,8 +70,9 @@ class Sequential(Computed):
         hyper = {"protected": protected, "merged": merged, "divisor": divisor}
         super().__init__(self._pieces, base, (*models, base), {"method": "merge.opcm", "with": hyper})
         self.models, self.base, self.protected, self._start = models, base, protected, divisor
+        self._averaged = Averaged(models)
         squares, total = [0.0] * len(models), 0.0
-        for name in filter(lambda name: base.spec(name).computable, base):
+        for name in filter(lambda name: base.spec(name).computable and name not in self._averaged, base):
             change, lengths = self._fold(name)
             total += square(change)
             squares = [a + b for a, b in zip(squares, lengths, strict=True)]
@@ -94,7 +95,10 @@ class Sequential(Computed):
         return total, squares
 
     def _pieces(self, name: str) -> Iterator[Tensor]:
-        yield whole(self.base, name).add_(self._fold(name)[0], alpha=1 / self.divisor).reshape(-1)
+        if name in self._averaged:
+            yield whole(self._averaged, name).reshape(-1)
+        else:
+            yield whole(self.base, name).add_(self._fold(name)[0], alpha=1 / self.divisor).reshape(-1)
 
 
 def cleared(change: Tensor, total: Tensor, protected: float) -> Tensor:

@@ -8,6 +8,7 @@ from annotated_types import Interval
 from jaxtyping import Float
 from torch import Tensor
 
+from weightsmith.core.errors import InputError
 from weightsmith.core.laws import Case, Law
 from weightsmith.core.method import op
 from weightsmith.measure.generalized_gaussian import generalized_gaussian
@@ -52,7 +53,10 @@ def deepshape(
     fit = generalized_gaussian(w)
     if not fit["shape"]:
         return w.clone()
-    from scipy.special import gammaincinv
+    try:
+        from scipy.special import gammaincinv
+    except ImportError:
+        raise InputError("deepshape takes scipy", hint='pip install "weightsmith[structure]"') from None
 
     _, place, count = np.unique((w.double() / step).round().cpu().numpy(), return_inverse=True, return_counts=True)
     middle = (count.cumsum() - count / 2) / count.sum()
