@@ -65,6 +65,17 @@ def others() -> list[str]:
         ]
         beside = f"llm-compressor, its best setting: {shown[1]}" if peer else ""
         lines.append(f"| SmolLM2-135M in 3 bits by GPTQ, {ours['bits']:.2f} stored bits | {shown[0]} | {beside} |")
+    solvers = result("bench_quantize").get("rows", {})
+    if row := solvers.get("2.5 bits: rsq, passes=2, shared out"):
+        others = {name: r for name, r in solvers.items() if re.match(r"2 bits: (torchao|hqq|quanto)", name)}
+        best = min(others, key=lambda name: others[name]["perplexity"], default=None)
+        beside = (
+            f"{best.split(': ')[1]}, {others[best]['bits']:.2f} bits: {others[best]['perplexity']:,.0f}" if best else ""
+        )
+        job = f"SmolLM2-135M in {row['bits']:.2f} stored bits, shared out among the layers"
+        lines.append(
+            f"| {job} | perplexity {row['perplexity']:.2f}; float {solvers['float32']['perplexity']:.2f} | {beside} |"
+        )
     if memory := result("bench_quantize_memory"):
         job = f"calibrate and pack a model of {memory['model_float32_mib']:.0f} MiB under a limit of"
         ours = f"{memory['above_a_tiny_model_mib']:.0f} MiB more than for a tiny model"

@@ -258,6 +258,9 @@ def test_who_could_load_a_calibrated_output_is_told_once(here, ws):
     notes = [line for line in err.splitlines() if line.startswith("  note")]
     assert any("transformers" in note for note in notes)
     assert len(notes) == len(set(notes))
+    code, _, shared = ws(*("quantize", "gptq", "base"), *packed, "--bits", "2.5", "--overwrite")
+    assert code == 0
+    assert sum("transformers" in line for line in shared.splitlines()) == 1
 
 
 def test_init(here, good):

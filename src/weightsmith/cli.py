@@ -884,8 +884,8 @@ def _apply(
         allow_mismatch=applying.allow_mismatch, allow_nonfinite=applying.allow_nonfinite, calibrate=data["calibrate"],
         evaluate=data["evaluate"], samples=data["samples"], length=data["length"],
         dry=applying.dry_run and card["family"] != "resize",
-        pack=_packer(out, applying, say=bool(data["calibrate"])), progress=_steps(card["name"], applying.noisy),
-        values=values,
+        pack=_packer(out, applying), packed=None if applying.quiet or not data["calibrate"] else _notes,
+        progress=_steps(card["name"], applying.noisy), values=values,
     )  # fmt: skip
     if card["family"] == "resize" and not values and _alike(weights, models[0]):
         flags = ", ".join(f"`--{name.replace('_', '-')}`" for name in card["hyperparameters"])
@@ -954,21 +954,23 @@ def _write(
            data)  # fmt: skip
 
 
-def _packer(out: str | None, writing: Writing, *, say: bool = False) -> "Callable[[Weights], Weights] | None":
-    """How the output is stored, where it is not plain safetensors; `say` who could load it at once."""
+def _packer(out: str | None, writing: Writing) -> "Callable[[Weights], Weights] | None":
+    """How the output is stored, where it is not plain safetensors."""
     if not (writing.packed or writing.layout or writing.type or str(out).endswith(".gguf")):
         return None
     from weightsmith.core.formats.packed import written
 
     def pack(weights: "Weights") -> "Weights":
         types = _value("type", writing.type) if writing.type else None
-        made = written(weights, out or "OUT", packed=writing.layout or writing.packed, types=types)
-        if say and not (writing.quiet or writing.dry_run):
-            for note in getattr(made, "notes", ()):
-                print(f"  note     {_clean(note)}", file=sys.stderr)
-        return made
+        return written(weights, out or "OUT", packed=writing.layout or writing.packed, types=types)
 
     return pack
+
+
+def _notes(weights: "Weights") -> None:
+    """Say who could load an output."""
+    for note in getattr(weights, "notes", ()):
+        print(f"  note     {_clean(note)}", file=sys.stderr)
 
 
 def _show_untouched(weights: "Weights") -> None:

@@ -350,6 +350,7 @@ def apply_method(
     sequential: bool = True,
     keep: Path | None = None,
     pack: Callable[[Weights], Weights] | None = None,
+    packed: Callable[[Weights], object] | None = None,
     dry: bool = False,
     progress: Steps | None = None,
     values: Mapping[str, Any],
@@ -365,6 +366,7 @@ def apply_method(
         sequential: measure each layer after the ones before it have changed, where the method allows it.
         keep: where to keep a result that took measuring, so that a killed run need not measure again.
         pack: how the result will be stored, if not decoded; called before the work, to refuse what cannot be.
+        packed: called with what will be stored, before the work.
         dry: measure nothing: enough for a plan.
         progress: called with layers done, their number and the last one's name.
         values: the hyperparameters. Fractional `bits` are shared out among the tensors, so many on average.
@@ -404,8 +406,9 @@ def apply_method(
             felt = chunks(models[0], calibrate, samples=min(samples, FELT), length=length, split=TRAIN, spread=True)
         values = {**values, "bits": _shared_out(viewed, values, felt, pack, dry, progress)}
     view = viewed(values)
-    if pack is not None:
-        pack(view)
+    stored = view if pack is None else pack(view)
+    if packed and pack and not dry:
+        packed(stored)
     if dry or calibrate is None or not missing or not isinstance(view, Applied):
         return view
     settings = {"text": calibrate, "samples": samples, "length": length, "sequential": sequential}
