@@ -163,7 +163,7 @@ def show(method: str, *, format: Format = "human") -> None:
     if card["hyperparameters"]:
         print("\nhyperparameters")
         for name, about in card["hyperparameters"].items():
-            print(f"  {name} = {about['default']!r}  {_bounds(about)}")
+            print(f"  {name} = {about['default']!r}  {_bounds(name, about)}")
     if card["laws"]:
         print("\nlaws\n  " + "\n  ".join(law["says"] for law in card["laws"]))
     if card["claims"]:
@@ -808,7 +808,7 @@ def _method_command(card: dict[str, Any]) -> Callable[..., None]:
     for name, hyper in card["hyperparameters"].items():
         default = hyper["default"]
         shown = default if isinstance(default, str) else json.dumps(default)
-        told = f"{hyper['help']} {_bounds(hyper)}".strip() + f" [default: {shown}]"
+        told = f"{hyper['help']} {_bounds(name, hyper)}".strip() + f" [default: {shown}]"
         kind = bool if hyper["type"].get("type") == "boolean" else str
         options[name] = Annotated[kind | None, Parameter(help=told, group=group, show_default=False)]
     if _texts(card):
@@ -1113,11 +1113,12 @@ def _doc(card: dict[str, Any]) -> str:
     return card["summary"]
 
 
-def _bounds(about: dict[str, Any]) -> str:
+def _bounds(name: str, about: dict[str, Any]) -> str:
     schema = about["type"]
     said = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
     parts = [f"{word} {schema[key]}" for key, word in said.items() if key in schema]
     parts += [f"one of {', '.join(map(str, schema['enum']))}"] if "enum" in schema else []
+    parts += ["a fraction is shared out among the tensors"] if (name, schema.get("type")) == ("bits", "integer") else []
     return f"({', '.join(parts)})" if parts else ""
 
 
