@@ -275,11 +275,9 @@ def adapters() -> list[str]:
         lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for name, row in sorted(found["rows"].items(), key=lambda item: item[1]["loss"]):
             cells = [name, *(f"{row[key]:,}" for key in ("trained", "stored", "held"))]
-            cells += ["" if row["peak"] is None else f"{row['peak'] / 2**20:.0f}"]
-            cells += ["" if row["speed"] is None else f"{row['speed']:.0f}"]
+            cells += [f"{row['peak'] / 2**20:.0f}", f"{row['speed']:.0f}"]
             cells += [f"{row['loss']:.3f}", f"{row['gained']:+.3f}", f"{row['forgotten']:+.3f}"]
             lines.append(f"| {' | '.join([*cells, *(f'{share:.1%}' for share in row['accuracy'])])} |")
-        lines += ["", f"Here {found['note']}."] if "note" in found else []
     return lines
 
 

@@ -524,7 +524,8 @@ def test_help_names_everything(good, ws):
         text = good(family, "--help")
         assert all(c["name"] in text for c in index().values() if c["family"] == family and c["unit"] != "model")
     text = good("quantize", "gptq", "--help")
-    assert "(at least 2, at most 8, a fraction is shared out among the tensors)" in " ".join(text.replace("│", " ").split())
+    told = "(at least 2, at most 8, a fraction is shared out among the tensors)"
+    assert told in " ".join(text.replace("│", " ").split())
     assert "--calibrate" in text
     text = good("merge", "linear", "--help")
     assert "--calibrate" not in text
