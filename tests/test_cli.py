@@ -251,6 +251,15 @@ def test_a_fraction_of_bits_is_shared_out(here, good, layout, widths):
     assert len(open_weights("q").read(UP)[0, :32].unique()) <= 2 ** bits[UP]
 
 
+@pytest.mark.parametrize("bits", ["2", "2.5"])
+def test_an_embedding_has_no_inputs_to_calibrate_on_and_is_said_to_stay(here, ws, bits):
+    words = ("quantize", "gptq", "base", "--bits", bits, "--group-size", "32", "--where", "mlp.*|embedding")
+    code, _, err = ws(*words, "--calibrate", "text.txt", *SMALL, "-o", "q")
+    assert code == 0
+    assert "quantize.gptq copies 1 (no gram for it)" in err
+    assert torch.equal(*(open_weights(path).read("model.embed_tokens.weight") for path in ("q", "base")))
+
+
 def test_who_could_load_a_calibrated_output_is_told_once(here, ws):
     packed = ("--calibrate", "text.txt", *SMALL, "--group-size", "32", "--packed", "-o", "p")
     code, _, err = ws("quantize", "gptq", "base", *packed)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from weightsmith import Memory, apply
-from weightsmith.core.errors import MethodError
+from weightsmith.core.errors import MethodError, NonFiniteError
 from weightsmith.core.weights import TILE
 from weightsmith.merge import dare, greedy_soup, linear, slerp, task_arithmetic, ties, uniform_soup
 
@@ -148,8 +148,20 @@ def test_running_statistics_are_averaged_where_changes_are_added_up(method):
     assert not torch.equal(merged.read("conv1.weight"), sum(m.read("conv1.weight") for m in models) / 3)
     if method != "opcm":
         assert any("4 running statistics of batch norms are averaged" in note for note in plan(merged).warnings)
+    broken = network(float("nan"))
+    with pytest.raises(NonFiniteError, match=r"norm1\.running_var"):
+        apply(method, [*models, broken], base=base).read("norm1.running_var")
     left = apply(method, models, base=base, exclude="norm1.*")
     assert torch.equal(left.read("norm1.running_var"), base.read("norm1.running_var"))
+
+
+def test_the_changes_of_one_model_are_added_to_statistics_too():
+    from weightsmith.lab.experiments import CNN
+
+    base, model = Memory.of(CNN(4)), CNN(4)
+    model.norm1.running_var.fill_(3.0)
+    halfway = apply("task_arithmetic", [Memory.of(model)], base=base, scale=0.5)
+    torch.testing.assert_close(halfway.read("norm1.running_var"), torch.full((4,), 2.0))
 
 
 def test_batch_norms_of_one_network_are_measured_whatever_they_held():

@@ -202,6 +202,12 @@ def test_shared_out_bits_go_where_the_loss_feels_them():
         assert 2.4 < mean <= 2.5
 
 
+def test_bits_are_not_shared_out_by_text_to_what_no_layer_reads():
+    names = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"]
+    with pytest.raises(InputError, match="no linear layer has this weight"):
+        shared_out(llama(), names, 2.5, batches=[ids(1)])
+
+
 def test_output_gradients_are_those_of_autograd():
     model = live(llama())
     name = "model.layers.1.mlp.down_proj.weight"

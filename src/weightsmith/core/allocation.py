@@ -84,7 +84,7 @@ def shared_out(
         progress: called with backward passes done, their number and what is measured.
 
     Raises:
-        InputError: fewer bits than the smallest width, or more than the largest.
+        InputError: fewer bits than the smallest width, more than the largest, or a tensor that is no layer's weight.
     """
     widths = sorted(widths)
     if not widths[0] <= bits <= widths[-1]:
@@ -94,8 +94,11 @@ def shared_out(
     count = {name: weights.spec(name).numel for name in names}
     felt, errors = dict.fromkeys(names, 1.0), {name: float(numel) for name, numel in count.items()}
     if read and batches:
-        felt = output_grads(live(weights), batches, names, progress=progress)
         seen = statistics(live(weights), batches, ["act_norm"], where="|".join(names))["act_norm"]
+        if unseen := [name for name in names if name not in seen]:
+            raise InputError("no linear layer has this weight, so text does not tell what it may lose", where=unseen[0],
+                             hint="leave it out with `--exclude`")  # fmt: skip
+        felt = output_grads(live(weights), batches, names, progress=progress)
     for name in names if read else ():
         w = weights.read(name).float().flatten(1)
         size = group_size or w.shape[1]

@@ -220,7 +220,7 @@ class Applied(Weights):
         self._trunk, self._averaged = models[0], frozenset[str]()
         if base is not None and about.unit == "ws":
             averaged = Averaged(models, exclude)
-            self._averaged = averaged.names if where == "*" else self._averaged
+            self._averaged = averaged.names if where == "*" and len(models) > 1 else self._averaged
             self._trunk = Overlaid(base, averaged) if self._averaged else base
         self.origin: Origin = self._trunk.origin
         others = [m for m in (*models, base) if m is not None and m is not self._trunk]
@@ -342,7 +342,8 @@ class Applied(Weights):
 
     def read(self, name: str) -> "Tensor":
         if name in self.untouched:
-            return self._trunk.read(name)
+            tensor = self._trunk.read(name)
+            return self._checked(tensor, name, self._trunk) if name in self._averaged else tensor
         spec = self.spec(name)
         if self._streams(spec):
             import torch
@@ -364,7 +365,9 @@ class Applied(Weights):
 
     def tiles(self, name: str) -> Iterator["Tensor"]:
         path = self._streams(self._trunk.spec(name))
-        if name in self.untouched:
+        if name in self._averaged:
+            yield self.read(name).reshape(-1)
+        elif name in self.untouched:
             yield from self._trunk.tiles(name)
         elif path is None:
             yield from super().tiles(name)
